@@ -1,0 +1,78 @@
+"""``netwright optimize``."""
+
+import shlex
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from netwright.cli.app import app
+from netwright.core.console import ConsoleProgress
+from netwright.report import read_run, summary_table, write_report
+from netwright.workshop import Job, Measuring, dry_run, optimize, parse_budget, parse_keep, parse_targets
+
+__all__ = ["Engine", "optimize_command"]
+
+
+class Engine(StrEnum):
+    """Where candidates are evaluated."""
+
+    local = "local"
+    ray = "ray"
+
+
+@app.command("optimize")
+def optimize_command(
+    task: Annotated[str, typer.Argument(help="A built-in task, file.py:name, or module:name.", show_default=False)],
+    target: Annotated[
+        list[str],
+        typer.Option(help="Upper limit: latency, memory, size, macs or parameters. E.g. latency<=0.4x, size<=200KB."),
+    ],
+    keep: Annotated[str, typer.Option(help="Least change of the score, in its own points.")] = "score>=-0.01",
+    budget: Annotated[str, typer.Option(help="Time for everything, e.g. 120s, 10m, 2h.")] = "120s",
+    out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/TASK.", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run directory.")] = False,
+    engine: Annotated[Engine, typer.Option(help="Worker processes here, or a Ray cluster.")] = Engine.local,
+    workers: Annotated[int | None, typer.Option(min=1, help="Evaluations side by side. Default: one a core.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Source of all randomness.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Items in a measured call.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of a measured call.")] = 1,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its time, and end.")] = False,
+) -> None:
+    """Make a network faster and smaller, and hand back a front, a model and a report.
+
+    Ends with 0 when the target was met, 3 when it was not (the best found is there), 2 for a mistake in
+    what was asked, 130 when interrupted.
+    """
+    job = Job(
+        task=task,
+        limits=parse_targets(target),
+        keep=parse_keep(keep),
+        budget=parse_budget(budget),
+        out=out or Path("runs") / task.replace(":", "-").replace("/", "-"),
+        seed=seed,
+        engine=engine.value,
+        workers=workers,
+        measuring=Measuring(batch=batch, threads=threads),
+        command=shlex.join(["netwright", *(word for word in sys.argv[1:] if word != "--resume")]),
+    )
+    console = Console()
+    if dry:
+        for line in dry_run(job):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended politely, it leaves a valid result too
+    with ConsoleProgress(f"optimize {job.name}") as progress:
+        result = optimize(job, resume=resume, progress=progress.update)
+    if result["status"] == "interrupted":
+        console.print(result["explanation"], markup=False)
+        raise typer.Exit(130)
+    report = write_report(job.out)
+    console.print(summary_table(result, read_run(job.out).settings.score))
+    console.print(result["explanation"], markup=False, soft_wrap=True)
+    console.print(f"Report: {report}", markup=False, soft_wrap=True)
+    raise typer.Exit(0 if result["status"] == "met" else 3)

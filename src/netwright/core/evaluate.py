@@ -1,0 +1,321 @@
+"""What a model scores on a split, and how sure that is."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from netwright.core.data import Dataset, Inputs, batches
+from netwright.core.errors import TaskError
+from netwright.core.task import Task
+
+__all__ = ["Model", "device_of", "evaluate", "paired_interval", "predict", "score_interval", "score_outputs", "settled"]
+
+Model: TypeAlias = nn.Module | Callable[..., Any]
+"""An ``nn.Module``, or anything called like one (a wrapped ONNX Runtime session)."""
+
+_WORK = 500_000_000  # output elements that one bootstrap may resample
+_FEWEST = 100  # resamples below which a percentile says nothing
+
+
+def predict(
+    model: Model, task: Task, split: str, *, batch_size: int = 256, device: torch.device | str | None = None
+) -> tuple[Any, Tensor]:
+    """Outputs of ``model`` on a whole split, concatenated along the batch, on the CPU.
+
+    Reach for it when several numbers (a score, its interval, a confusion matrix) are wanted from one pass.
+    Memory grows with the outputs of the split; a language model's ``(n, time, vocabulary)`` is the large case.
+
+    Args:
+        model: a module (evaluated in eval mode, its training flags restored) or anything called like one.
+        task: its data, and how the output is read.
+        split: "train", "val" or "test".
+        batch_size: items per call.
+        device: where to run; None is where the module's parameters are.
+
+    Returns:
+        ``(outputs, targets)``: outputs are a tensor, or a tuple or dict of tensors where the model returns such.
+
+    Raises:
+        TaskError: a split that does not exist, or an output that is not made of tensors.
+
+    Example:
+        >>> from netwright.core.task import load_task
+        >>> task = load_task("breast-cancer")
+        >>> outputs, targets = predict(task.build(), task, "val")
+        >>> len(outputs) == len(targets)
+        True
+    """
+    parts, targets = [], []
+    for output, target in _results(model, task, split, batch_size, device):
+        parts.append(output)
+        targets.append(target)
+    return _concatenate(parts, task.name), torch.cat(targets)
+
+
+def evaluate(
+    model: Model, task: Task, split: str, *, batch_size: int = 256, device: torch.device | str | None = None
+) -> float:
+    """The score of ``model`` on a split, higher is better.
+
+    ``task.evaluate`` is asked where it is given. A torchmetrics ``Metric`` sees batch after batch, so that memory
+    does not grow with the split; a function sees the concatenated outputs.
+
+    Args:
+        model: a module or anything called like one.
+        task: its data and score.
+        split: "train", "val" or "test".
+        batch_size: items per call.
+        device: where to run; None is where the module's parameters are.
+
+    Raises:
+        TaskError: a split that does not exist, or a score that raises or is not a finite number.
+    """
+    _dataset(task, split)
+    if task.evaluate is not None:
+        if not isinstance(model, nn.Module):
+            raise TaskError(f"Task {task.name!r} evaluates with a function of its own, which needs an nn.Module.")
+        with settled(model):
+            return _finite(task.evaluate(model, split), task, f"evaluate on {split}")
+    if _is_metric(task.score):
+        metric = _fresh(task.score)
+        for output, target in _results(model, task, split, batch_size, device):
+            metric.update(output, target)
+        return _finite(metric.compute(), task, f"score on {split}")
+    return score_outputs(task, *predict(model, task, split, batch_size=batch_size, device=device))
+
+
+def score_outputs(task: Task, outputs: Any, targets: Tensor) -> float:
+    """The task's score of concatenated outputs.
+
+    Raises:
+        TaskError: a task without ``score``, or a score that raises or is not a finite number.
+    """
+    score: Any = task.score
+    if score is None:
+        raise TaskError(f"Task {task.name!r} has evaluate= but no score=, so outputs alone cannot be scored.")
+    try:
+        if _is_metric(score):
+            metric = _fresh(score)
+            metric.update(outputs, targets)
+            return _finite(metric.compute(), task, "score")
+        return _finite(score(outputs, targets), task, "score")
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise TaskError(
+            f"Task {task.name!r}: score(outputs, targets) raised {type(error).__name__} on outputs of shape "
+            f"{_shapes(outputs)} and targets of shape {tuple(targets.shape)}: {error}"
+        ) from error
+
+
+def score_interval(
+    task: Task, outputs: Any, targets: Tensor, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    r"""Bootstrap percentile interval of a score over the items of a split.
+
+    Items are drawn with replacement, the score of each draw is taken, and the interval is between the
+    :math:`(1-\text{level})/2` and :math:`(1+\text{level})/2` quantiles. Time is bounded: large outputs get fewer
+    resamples, so that at most 5e8 output elements are gathered, though never fewer than 100 (or than asked).
+
+    Args:
+        task: whose score is taken.
+        outputs: concatenated outputs, as :func:`predict` returns them.
+        targets: ``(n, ...)``.
+        resamples: draws.
+        seed: source of the draws.
+        level: coverage, in (0, 1).
+
+    Returns:
+        ``(low, high)``.
+
+    Raises:
+        TaskError: a score that is undefined on more than half of the draws.
+
+    Example:
+        >>> from netwright.core.task import load_task
+        >>> task = load_task("breast-cancer")
+        >>> outputs, targets = predict(task.build(), task, "val")
+        >>> low, high = score_interval(task, outputs, targets, resamples=200)
+        >>> low <= score_outputs(task, outputs, targets) <= high
+        True
+    """
+    draws = _draws(len(targets), _bounded(resamples, _elements(outputs)), seed)
+    return _percentiles([_try_score(task, outputs, targets, index) for index in draws], level, task)
+
+
+def paired_interval(
+    task: Task,
+    outputs_a: Any,
+    outputs_b: Any,
+    targets: Tensor,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Bootstrap percentile interval of ``score(b) - score(a)`` on the same items.
+
+    Both models are scored on the same draws, so that what makes an item hard for both cancels: far narrower than
+    the difference of two intervals.
+
+    Args:
+        task: whose score is taken.
+        outputs_a: concatenated outputs of the first model (a baseline).
+        outputs_b: concatenated outputs of the second.
+        targets: ``(n, ...)``.
+        resamples: draws; fewer for large outputs, see :func:`score_interval`.
+        seed: source of the draws.
+        level: coverage, in (0, 1).
+
+    Returns:
+        ``(low, high)``; an interval above zero says that ``b`` is better.
+
+    Raises:
+        TaskError: a score that is undefined on more than half of the draws.
+    """
+    elements = _elements(outputs_a) + _elements(outputs_b)
+    draws = _draws(len(targets), _bounded(resamples, elements), seed)
+    differences = [
+        _try_score(task, outputs_b, targets, index) - _try_score(task, outputs_a, targets, index) for index in draws
+    ]
+    return _percentiles(differences, level, task)
+
+
+@contextmanager
+def settled(model: Model) -> Iterator[None]:
+    """Inside, a module is in eval mode and records no gradients; afterwards every training flag is as before."""
+    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
+    if isinstance(model, nn.Module):
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _results(
+    model: Model, task: Task, split: str, batch_size: int, device: torch.device | str | None
+) -> Iterator[tuple[Any, Tensor]]:
+    place = device if device is not None else device_of(model)
+    with settled(model):
+        for inputs, targets in batches(_dataset(task, split), batch_size, device=place):
+            yield _to_cpu(task.read(_apply(model, inputs)), task.name), targets.cpu()
+
+
+def _apply(model: Model, inputs: Inputs) -> Any:
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(**inputs)
+
+
+def _dataset(task: Task, split: str) -> Dataset:
+    splits = task.data.splits()
+    if split not in splits:
+        raise TaskError(f"Task {task.name!r} has no split {split!r}. There are train, val and test.")
+    return splits[split]
+
+
+def device_of(model: Model) -> torch.device:
+    """Where a module's tensors are; the CPU for anything without tensors."""
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _to_cpu(output: Any, name: str) -> Any:
+    if isinstance(output, Tensor):
+        output = output.detach().cpu()
+        return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+    if isinstance(output, dict):
+        return {key: _to_cpu(value, name) for key, value in output.items()}
+    if isinstance(output, tuple | list):
+        return tuple(_to_cpu(value, name) for value in output)
+    raise TaskError(
+        f"Task {name!r}: the model returned a {type(output).__name__} where tensors are needed. "
+        "Give Task(output=...) a function that reads the tensor from it."
+    )
+
+
+def _concatenate(parts: list[Any], name: str) -> Any:
+    first = parts[0]
+    if isinstance(first, dict):
+        return {key: _concatenate([part[key] for part in parts], name) for key in first}
+    if isinstance(first, tuple):
+        return tuple(_concatenate([part[i] for part in parts], name) for i in range(len(first)))
+    try:
+        return torch.cat(parts)
+    except RuntimeError as error:
+        raise TaskError(
+            f"Task {name!r}: the outputs of different batches cannot be concatenated ({error}). The first axis must "
+            "be the batch; give Task(output=...) to read such a tensor."
+        ) from error
+
+
+def _take(outputs: Any, index: Tensor) -> Any:
+    if isinstance(outputs, dict):
+        return {key: _take(value, index) for key, value in outputs.items()}
+    if isinstance(outputs, tuple):
+        return tuple(_take(value, index) for value in outputs)
+    return outputs[index]
+
+
+def _elements(outputs: Any) -> int:
+    if isinstance(outputs, dict):
+        return sum(map(_elements, outputs.values()))
+    return sum(map(_elements, outputs)) if isinstance(outputs, tuple) else int(outputs.numel())
+
+
+def _shapes(outputs: Any) -> Any:
+    if isinstance(outputs, dict):
+        return {key: _shapes(value) for key, value in outputs.items()}
+    return tuple(map(_shapes, outputs)) if isinstance(outputs, tuple) else tuple(outputs.shape)
+
+
+def _is_metric(score: Any) -> bool:
+    return all(callable(getattr(score, name, None)) for name in ("update", "compute", "reset"))
+
+
+def _fresh(score: Any) -> Any:
+    metric = copy.deepcopy(score)
+    metric.reset()
+    return metric
+
+
+def _finite(value: Any, task: Task, what: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TaskError(f"Task {task.name!r}: {what} must be a number, got {type(value).__name__}.") from error
+    if not math.isfinite(number):
+        raise TaskError(f"Task {task.name!r}: {what} is {number}. A score must be finite, higher is better.")
+    return number
+
+
+def _bounded(resamples: int, elements: int) -> int:
+    return min(resamples, max(_FEWEST, _WORK // max(1, elements)))
+
+
+def _draws(size: int, count: int, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(size, (size,), generator=generator) for _ in range(count))
+
+
+def _try_score(task: Task, outputs: Any, targets: Tensor, index: Tensor) -> float:
+    try:
+        return score_outputs(task, _take(outputs, index), targets[index])
+    except TaskError:  # a draw with one class only, say: left out of the percentiles
+        return math.nan
+
+
+def _percentiles(scores: list[float], level: float, task: Task) -> tuple[float, float]:
+    values = np.array(scores)
+    values = values[np.isfinite(values)]
+    if 2 * len(values) < len(scores):
+        raise TaskError(f"Task {task.name!r}: the score is undefined on most resamples of its items.")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

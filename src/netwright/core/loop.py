@@ -1,0 +1,251 @@
+"""The iterations of a fit, and the state that a checkpoint holds."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from netwright.core.average import MovingAverage
+from netwright.core.checkpoint import load_checkpoint, require_same, save_checkpoint
+from netwright.core.errors import NonFiniteLossError, TaskError
+from netwright.core.evaluate import evaluate
+from netwright.core.losses import task_loss, teacher_loss
+from netwright.core.optimization import make_optimizer, make_schedule
+from netwright.core.randomness import isolated, restore_states, save_states
+from netwright.core.recipe import Recipe
+from netwright.core.task import Task
+from netwright.core.teacher import Teacher, forward, take
+from netwright.core.transform import Progress
+
+__all__ = ["Callback", "FitResult", "Loop", "Record"]
+
+_RECORDS = 20  # a fit leaves about this many points on its training curve, more where it has more epochs
+
+
+@dataclass(frozen=True)
+class Record:
+    """A point on the training curve.
+
+    Args:
+        step: iterations done.
+        epoch: passes over the data done, with its fraction.
+        train_loss: mean loss of the iterations since the record before; NaN where a task trains by its own ``fit``.
+        val_score: score on ``val`` at the end of an epoch; None between, and where validation is off.
+        lr: learning rate of the last iteration.
+        seconds: wall time since the start, that before a resume included.
+    """
+
+    step: int
+    epoch: float
+    train_loss: float
+    val_score: float | None
+    lr: float
+    seconds: float
+
+
+Callback: TypeAlias = Callable[[Record], None]
+"""Called with every record as it is made; what it raises ends the fit."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What came of a fit.
+
+    Args:
+        model: the trained module, in eval mode; the one that was given, unless the task's own ``fit`` returned another.
+        history: the training curve, about 20 points and one at the end of each epoch.
+        steps: iterations done.
+        seconds: wall time, that before a resume included.
+    """
+
+    model: nn.Module
+    history: tuple[Record, ...]
+    steps: int
+    seconds: float
+
+
+class Loop:
+    """The state of one fit, and the iterations over it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        recipe: Recipe,
+        seed: int,
+        teacher: nn.Module | Tensor | None,
+        device: torch.device,
+        validate: bool,
+        callbacks: tuple[Callback, ...],
+        progress: list[Progress],
+    ) -> None:
+        self.model, self.task, self.recipe, self.device = model, task, recipe, device
+        self.seed, self.validate, self.callbacks, self.progress = seed, validate, callbacks, progress
+        size = len(task.data.train)
+        self.per_epoch = max(1, size // recipe.batch_size)
+        self.total = max(1, round(recipe.epochs * self.per_epoch))
+        self.record_every = math.ceil(self.total / _RECORDS)
+        self.teacher = Teacher(teacher, task, recipe, device)
+        self.optimizer = make_optimizer(recipe, model.parameters())
+        self.schedule = make_schedule(recipe, self.optimizer, self.total)
+        self.average = None if recipe.average is None else MovingAverage(model, recipe.average)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.epoch_start = self.generator.get_state()
+        self.step = 0
+        self.losses: list[float] = []
+        self.history: list[Record] = []
+        self.score: float | None = None
+        self.before = 0.0
+        self.start = time.monotonic()
+        self.said = -math.inf
+
+    def run(self, checkpoint: Path | None, checkpoint_seconds: float) -> FitResult:
+        """Resume where there is something to resume from, and iterate to the end."""
+        if checkpoint is not None and checkpoint.exists():
+            self._resume(checkpoint)
+        saved, saved_step = time.monotonic(), self.step
+        self.model.train()
+        order = self._order()
+        while self.step < self.total:
+            position = self.step % self.per_epoch
+            if position == 0:
+                self.epoch_start = self.generator.get_state()
+                order = self._shuffle()
+            size = self.recipe.batch_size
+            lr = self._iterate(order[position * size : (position + 1) * size])
+            self._tell(lr)
+            if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
+                save_checkpoint(checkpoint, self._state())
+                saved, saved_step = time.monotonic(), self.step
+        if checkpoint is not None and (saved_step < self.total or not checkpoint.exists()):
+            save_checkpoint(checkpoint, self._state())
+        if self.average is not None:
+            self.average.put_into(self.model)
+        return FitResult(self.model, tuple(self.history), self.step, self._seconds())
+
+    def _iterate(self, index: Tensor) -> float:
+        inputs, targets = take(self.task.data.train, index, self.device)
+        goal = self.teacher.outputs(index, inputs)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        seen: list[float] = []
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            output = forward(self.model, self.task, inputs, self.recipe)
+            loss = task_loss(self.task, output, targets)
+            if goal is not None:
+                weight = self.recipe.distill_weight
+                distance = teacher_loss(output, goal, targets, self.recipe.distill_temperature)
+                loss = (1 - weight) * loss + weight * distance
+            seen.append(self._checked(loss, lr))
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward unannotated
+            if self.recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+            return loss
+
+        self.optimizer.step(cast(Callable[[], float], closure))  # torch's annotation; it hands on what it gets
+        if self.schedule is not None:
+            self.schedule.step()
+        if self.average is not None:
+            self.average.update(self.model)
+        self.step += 1
+        self.losses.append(seen[0])
+        return lr
+
+    def _checked(self, loss: Tensor, lr: float) -> float:
+        if not loss.requires_grad:
+            raise TaskError(
+                f"Task {self.task.name!r}: the loss does not depend on the model's parameters, so it cannot be trained."
+            )
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            epoch = self.step / self.per_epoch
+            raise NonFiniteLossError(
+                f"Task {self.task.name!r}: the loss is {value} at step {self.step + 1} of {self.total} (epoch "
+                f"{epoch:.2f}, learning rate {lr:.3g}). Lower the learning rate, set Recipe(clip_norm=1.0), or look "
+                "for values in the data that the loss cannot take, such as log(0)."
+            )
+        return value
+
+    def _tell(self, lr: float) -> None:
+        ended = self.step % self.per_epoch == 0 or self.step == self.total
+        if ended or self.step % self.record_every == 0:
+            if ended and self.validate:
+                with isolated(device=self.device), self.average.applied(self.model) if self.average else nullcontext():
+                    self.score = evaluate(self.model, self.task, "val")
+            mean = math.fsum(self.losses) / len(self.losses)
+            scored = self.score if ended else None
+            record = Record(self.step, self.step / self.per_epoch, mean, scored, lr, self._seconds())
+            self.losses.clear()
+            self.history.append(record)
+            for callback in self.callbacks:
+                callback(record)
+        now = time.monotonic()
+        if self.progress and (now - self.said > 0.1 or self.step == self.total):
+            self.said = now
+            loss = self.losses[-1] if self.losses else self.history[-1].train_loss
+            text = f"epoch {self.step / self.per_epoch:.1f}/{self.recipe.epochs:g}  loss {loss:.4f}"
+            text += "" if self.score is None else f"  score {self.score:.4f}"
+            for tell in self.progress:
+                tell(self.step / self.total, text)
+
+    def _seconds(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+    def _shuffle(self) -> Tensor:
+        return torch.randperm(len(self.task.data.train), generator=self.generator)
+
+    def _order(self) -> Tensor:
+        self.generator.set_state(self.epoch_start)
+        return self._shuffle() if self.step % self.per_epoch else torch.empty(0)
+
+    def _identity(self) -> dict[str, Any]:
+        shapes = {name: f"{tuple(value.shape)} {value.dtype}" for name, value in self.model.state_dict().items()}
+        return {
+            "task": self.task.name,
+            "seed": self.seed,
+            "training items": len(self.task.data.train),
+            "teacher": self.teacher.present,
+            "validation": self.validate,
+            **{f"recipe's {name}": value for name, value in json.loads(self.recipe.to_json()).items()},
+            **{f"model's {name}": value for name, value in shapes.items()},
+        }
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "identity": self._identity(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "epoch_start": self.epoch_start,
+            "random": save_states(self.device),
+            "step": self.step,
+            "losses": list(self.losses),
+            "score": self.score,
+            "history": [dataclasses.astuple(record) for record in self.history],
+            "seconds": self._seconds(),
+        }
+
+    def _resume(self, path: Path) -> None:
+        state = load_checkpoint(path)
+        require_same(path, state["identity"], self._identity())
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.epoch_start = state["epoch_start"]
+        self.step, self.losses, self.score = state["step"], state["losses"], state["score"]
+        self.history = [Record(*values) for values in state["history"]]
+        self.before = state["seconds"]
+        restore_states(state["random"], self.device)

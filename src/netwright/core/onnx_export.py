@@ -1,0 +1,244 @@
+"""One self-contained ONNX file from a model, as small as it can be without changing what it computes."""
+
+import contextlib
+import io
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from netwright.core import onnx_quantized
+from netwright.core.data import Inputs
+from netwright.core.errors import ArtifactError
+from netwright.core.graph.export import export_model
+
+__all__ = ["OUTPUTS_KEY", "atomic_write", "export_onnx", "input_names", "output_names"]
+
+OUTPUTS_KEY = "outputs"
+"""Metadata key of a file whose outputs form a tuple or a dict: its value is ``"tuple"`` or ``"dict"``."""
+
+_LIMIT = 2**31 - 2**20  # a protobuf message holds less than 2 GiB
+
+
+def export_onnx(model: nn.Module | ExportedProgram, inputs: Inputs, path: str | Path) -> None:
+    """Write ``model`` to ``path`` as one ONNX file with a dynamic batch dimension.
+
+    Reach for it whenever a model is to run outside torch. Only operators of the standard ONNX domain are used,
+    so any runtime loads the file. Constants are folded, batch norms are folded into the convolutions before them,
+    and names, documentation and metadata of no use to a runtime are dropped. Fake-quantized models become
+    integer ones: see :mod:`netwright.core.onnx_quantized`.
+
+    Inputs are named after the arguments of ``forward`` (or the keys of ``inputs``); the outputs ``output``,
+    ``output_0``, ``output_1``, ... or the keys of the dict that the model returns.
+
+    Args:
+        model: any module that ``torch.export`` traces, or its trace by
+            :func:`netwright.core.graph.export.export_model`, which saves tracing it again.
+        inputs: a batch to trace with; not looked at when ``model`` is a trace.
+        path: the file to write; it appears whole or not at all.
+
+    Raises:
+        TraceError: a model that cannot be traced.
+        ArtifactError: an operation that has no ONNX counterpart, weights of 2 GiB or more, or a path that cannot
+            be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_onnx(torch.nn.Linear(3, 2), torch.zeros(1, 3), folder + "/model.onnx")
+        ...     [node.op_type for node in onnx.load(folder + "/model.onnx").graph.node]
+        ['Gemm']
+
+    Cost: a trace and a second or so for a small network; time grows with the number of operations, memory is
+    about three times the weights.
+    """
+    program = model if isinstance(model, ExportedProgram) else export_model(model, inputs)
+    proto = _convert(program)
+    onnx_quantized.store_integers(proto)
+    _name_interface(proto, input_names(program), output_names(program))
+    _strip(proto)
+    size = proto.ByteSize()
+    if size >= _LIMIT:
+        raise ArtifactError(
+            f"The ONNX file would hold {size / 2**30:.1f} GiB; a single file holds less than 2. Quantize or prune the "
+            "model first."
+        )
+    atomic_write(path, lambda place: place.write_bytes(proto.SerializeToString()))
+
+
+def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with a temporary path beside ``path``, then move the file into place.
+
+    Raises:
+        ArtifactError: a folder that does not exist or cannot be written, or a full disk.
+    """
+    path = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def input_names(program: ExportedProgram) -> list[str]:
+    """Names of the tensors that a traced model takes, in order."""
+    constants = set(program.constants)
+    return [name for name in program.graph_signature.user_inputs if isinstance(name, str) and name not in constants]
+
+
+def output_names(program: ExportedProgram) -> tuple[list[str], str]:
+    """Names of the tensors that a traced model returns, and their form: "tensor", "tuple" or "dict"."""
+    count = len(program.graph_signature.user_outputs)
+    spec = program.call_spec.out_spec
+    if spec is None or spec.is_leaf():
+        return ["output"], "tensor"
+    sample = pytree.tree_unflatten(list(range(count)), spec)
+    if isinstance(sample, Mapping) and all(isinstance(value, int) for value in sample.values()):
+        return [str(key) for key in sample], "dict"
+    return [f"output_{position}" for position in range(count)], "tuple"
+
+
+def _convert(program: ExportedProgram) -> Any:
+    try:
+        with _quiet():
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                optimize=True,
+                external_data=False,
+                custom_translation_table=onnx_quantized.translations(),
+            )
+    except Exception as error:  # the exporter raises dozens of types; whichever it is, the user needs its reason
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ArtifactError(f"The model cannot be written as ONNX: {reason[:400]}") from error
+    assert converted is not None
+    return converted.model_proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing printed, logged or warned by the exporter."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name_interface(proto: Any, inputs: list[str], outputs: tuple[list[str], str]) -> None:
+    graph = proto.graph
+    names, form = outputs
+    if len(inputs) != len(graph.input) or len(names) != len(graph.output):
+        raise ArtifactError(
+            f"The traced model takes {len(inputs)} tensors and returns {len(names)}, but its ONNX form takes "
+            f"{len(graph.input)} and returns {len(graph.output)}. Arguments that are not tensors cannot be exported."
+        )
+    keep = dict(zip([value.name for value in graph.input], inputs, strict=True))
+    del proto.metadata_props[:]
+    if form != "tensor":
+        onnx.helper.set_model_props(proto, {OUTPUTS_KEY: form})
+    _rename(graph, keep, names)
+
+
+def _rename(graph: Any, inputs: dict[str, str], outputs: list[str]) -> None:
+    """Short names for everything inside, the given ones for what a caller sees."""
+    inputs = {old: new if new not in outputs else f"{new}_in" for old, new in inputs.items()}
+    taken = {"", *inputs.values(), *outputs}
+    counter = iter(range(10**9))
+
+    def fresh() -> str:
+        name = next(text for text in (_short(number) for number in counter) if text not in taken)
+        taken.add(name)
+        return name
+
+    names: dict[str, str] = {"": "", **inputs}
+    for value, new in zip(graph.output, outputs, strict=True):
+        if value.name in names:  # an input, or one tensor returned twice
+            graph.node.append(onnx.helper.make_node("Identity", [value.name], [f"identity:{new}"]))
+            names[f"identity:{new}"] = new
+        else:
+            names[value.name] = new
+        value.name = new
+    _apply(graph, names, fresh)
+
+
+def _apply(graph: Any, names: dict[str, str], fresh: Callable[[], str]) -> None:
+    def short(name: str) -> str:
+        if name not in names:
+            names[name] = fresh()
+        return names[name]
+
+    for value in (*graph.input, *graph.initializer):
+        value.name = short(value.name)
+    for node in graph.node:
+        for field in (node.input, node.output):
+            for position, name in enumerate(field):
+                field[position] = short(name)
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                _apply(inner, names, fresh)
+                for value in inner.output:
+                    value.name = short(value.name)
+
+
+def _strip(proto: Any) -> None:
+    """Drop what no runtime reads."""
+    proto.ClearField("doc_string")
+    proto.producer_name, proto.producer_version = "", ""
+    _strip_graph(proto.graph)
+    proto.graph.name = "netwright"
+
+
+def _strip_graph(graph: Any) -> None:
+    for field in ("value_info", "metadata_props", "doc_string", "quantization_annotation"):
+        graph.ClearField(field)
+    for item in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+        item.ClearField("doc_string")
+        item.ClearField("metadata_props")
+    for node in graph.node:
+        node.ClearField("name")
+        for attribute in node.attribute:
+            attribute.ClearField("doc_string")
+            if attribute.HasField("g"):
+                _strip_graph(attribute.g)
+            for inner in attribute.graphs:
+                _strip_graph(inner)
+
+
+def _short(number: int) -> str:
+    digits = "abcdefghijklmnopqrstuvwxyz"
+    text = digits[number % 26]
+    while number := number // 26:
+        text += digits[number % 26]
+    return text
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    return [value for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor)]

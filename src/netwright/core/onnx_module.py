@@ -1,0 +1,127 @@
+"""An ONNX file that is called like the model it came from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from netwright.core.data import Inputs
+from netwright.core.errors import ArtifactError
+from netwright.core.graph.export import arguments
+from netwright.core.onnx_export import OUTPUTS_KEY
+
+__all__ = ["OnnxModule", "feed", "open_session"]
+
+_NUMPY: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+def open_session(path: str | Path, threads: int = 1) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU, with every optimization of the runtime.
+
+    Raises:
+        ArtifactError: a file that is missing, corrupt, or that the runtime refuses.
+    """
+    if not Path(path).is_file():
+        raise ArtifactError(f"No ONNX file {path}.")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's own exceptions have no common base
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtifactError(f"ONNX Runtime cannot load {path}: {reason[:300]}") from error
+
+
+def feed(session: onnxruntime.InferenceSession, inputs: Inputs) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays that ``session.run`` takes, by input name: positional ones in order, named ones by name.
+
+    Raises:
+        ArtifactError: fewer or more tensors than the file has inputs, or an unknown name.
+    """
+    args, kwargs = arguments(inputs)
+    wanted = {entry.name: entry.type for entry in session.get_inputs()}
+    tensors = [value for value in pytree.tree_leaves(args) if isinstance(value, Tensor)]
+    named = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
+    unknown = [key for key in named if key not in wanted]
+    found = dict(zip([name for name in wanted if name not in named], tensors, strict=False)) | named
+    if unknown or len(found) != len(wanted) or len(tensors) + len(named) != len(wanted):
+        raise ArtifactError(
+            f"The ONNX file takes {len(wanted)} inputs ({', '.join(wanted)}), got {len(tensors)} by position and "
+            f"{sorted(named)} by name."
+        )
+    return {name: _array(found[name], kind) for name, kind in wanted.items()}
+
+
+def _array(value: Tensor, kind: str) -> np.ndarray[Any, Any]:
+    value = value.detach().cpu()
+    array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    return np.ascontiguousarray(array, dtype=_NUMPY.get(kind, array.dtype))
+
+
+class OnnxModule(nn.Module):
+    """An ONNX file behind the call of an ordinary module, for evaluation.
+
+    Reach for it to score what will really be deployed: every function that takes a model takes this too. It has no
+    parameters and no gradients; copies and pickles are made by opening the file again.
+
+    Args:
+        path: a file written by :func:`netwright.core.onnx_export.export_onnx`, or any ONNX file.
+        threads: threads that one call may use.
+
+    Raises:
+        ArtifactError: a file that cannot be loaded; on a call, inputs that do not match the file's.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from netwright.core.onnx_export import export_onnx
+        >>> linear, batch = torch.nn.Linear(3, 2), torch.ones(4, 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_onnx(linear, batch, folder + "/model.onnx")
+        ...     bool(torch.allclose(OnnxModule(folder + "/model.onnx")(batch), linear(batch), atol=1e-5))
+        True
+    """
+
+    def __init__(self, path: str | Path, threads: int = 1) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.threads = threads
+        self.session = open_session(self.path, self.threads)
+        self._names = [entry.name for entry in self.session.get_outputs()]
+        self._form = self.session.get_modelmeta().custom_metadata_map.get(OUTPUTS_KEY, "")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original returns: a tensor, a tuple of tensors, or a dict of tensors."""
+        inputs: Inputs = _one(args, kwargs, [entry.name for entry in self.session.get_inputs()])
+        device = next((value.device for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor)), None)
+        arrays = self.session.run(None, feed(self.session, inputs))
+        outputs = [torch.from_numpy(np.asarray(array)).to(device) for array in arrays]
+        if self._form == "dict":
+            return dict(zip(self._names, outputs, strict=True))
+        return tuple(outputs) if self._form == "tuple" or len(outputs) > 1 else outputs[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OnnxModule, (self.path, self.threads)
+
+
+def _one(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[str]) -> Inputs:
+    if not kwargs:
+        return args
+    tensors = [value for value in pytree.tree_leaves(args) if isinstance(value, Tensor)]
+    return dict(zip([name for name in names if name not in kwargs], tensors, strict=False)) | dict(kwargs)

@@ -1,0 +1,127 @@
+"""How a network is trained, as plain data."""
+
+import dataclasses
+import importlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from netwright.core.errors import RecipeError
+
+__all__ = ["Recipe", "resolve"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained; round-trips through JSON.
+
+    Names of methods are import paths (``"torch.optim:AdamW"``), so that any library's method
+    serves.
+
+    Args:
+        optimizer: import path of a ``torch.optim.Optimizer``.
+        optimizer_settings: its keyword arguments.
+        schedule: import path of an ``LRScheduler`` stepped once per iteration, or None. Its
+            arguments ``total_steps``, ``T_max`` and ``total_iters`` are filled in with the number
+            of iterations where they are not given.
+        schedule_settings: its keyword arguments.
+        batch_size: items per iteration.
+        epochs: passes over the training data; may be a fraction.
+        clip_norm: largest total gradient norm, or None.
+        average: decay of an exponential moving average of the weights, or None.
+        precision: "float32" or "bfloat16" (autocast).
+        distill_weight: share of the teacher's term in the loss when a teacher is given, in [0, 1].
+        distill_temperature: softening of both distributions in the teacher's term.
+
+    Raises:
+        RecipeError: a setting outside its range.
+
+    Example:
+        >>> recipe = Recipe(epochs=3, optimizer_settings={"lr": 1e-2})
+        >>> Recipe.from_json(recipe.to_json()) == recipe
+        True
+    """
+
+    optimizer: str = "torch.optim:AdamW"
+    optimizer_settings: Mapping[str, Any] = field(default_factory=lambda: {"lr": 2e-3})
+    schedule: str | None = "torch.optim.lr_scheduler:OneCycleLR"
+    schedule_settings: Mapping[str, Any] = field(default_factory=lambda: {"max_lr": 2e-3})
+    batch_size: int = 64
+    epochs: float = 10.0
+    clip_norm: float | None = None
+    average: float | None = None
+    precision: str = "float32"
+    distill_weight: float = 0.5
+    distill_temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.batch_size, int) and self.batch_size > 0, "batch_size", "a positive integer", self)
+        _require(_positive(self.epochs), "epochs", "a positive finite number", self)
+        _require(self.clip_norm is None or _positive(self.clip_norm), "clip_norm", "positive, or None", self)
+        _require(self.average is None or 0 < self.average < 1, "average", "between 0 and 1, or None", self)
+        _require(self.precision in ("float32", "bfloat16"), "precision", "'float32' or 'bfloat16'", self)
+        _require(0 <= self.distill_weight <= 1, "distill_weight", "between 0 and 1", self)
+        _require(_positive(self.distill_temperature), "distill_temperature", "a positive finite number", self)
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """A copy with some settings changed."""
+        try:
+            return dataclasses.replace(self, **changes)
+        except TypeError as error:
+            raise RecipeError(f"Recipe has no such setting: {error}") from error
+
+    def to_json(self) -> str:
+        """The recipe as a JSON object."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """The recipe written by :meth:`to_json`.
+
+        Raises:
+            RecipeError: text that is not a JSON object of a recipe's settings.
+        """
+        try:
+            settings = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"A recipe must be a JSON object: {error}") from error
+        if not isinstance(settings, dict):
+            raise RecipeError(f"A recipe must be a JSON object, got {type(settings).__name__}.")
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise RecipeError(f"Recipe has no setting {', '.join(unknown)}. Known are {', '.join(sorted(known))}.")
+        return cls(**settings)
+
+
+def resolve(path: str) -> Any:
+    """The object at an import path ``module:name``.
+
+    Raises:
+        RecipeError: a path that is malformed or leads nowhere.
+
+    Example:
+        >>> resolve("torch.optim:SGD").__name__
+        'SGD'
+    """
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise RecipeError(f"{path!r} is not an import path. Write module:name, for example torch.optim:AdamW.")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"{path!r} cannot be imported: {error}.") from error
+    return found
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _require(holds: bool, name: str, what: str, recipe: Recipe) -> None:
+    if not holds:
+        raise RecipeError(f"Recipe.{name} must be {what}, got {getattr(recipe, name)!r}.")

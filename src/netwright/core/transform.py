@@ -1,0 +1,89 @@
+"""One compression or surgery step, and chains of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from torch import nn
+
+from netwright.core.errors import TransformError
+from netwright.core.task import Task
+
+__all__ = ["Chain", "Progress", "Transform"]
+
+Progress: TypeAlias = Callable[[float, str], None]
+"""Called with the finished fraction in [0, 1] and a word on what is going on."""
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """One compression or surgery step: a frozen dataclass of settings that is called with a model."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        budget: float | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> nn.Module:
+        """A new model; the given one is left untouched.
+
+        Args:
+            model: the model to work on.
+            task: its data, loss and score; only ``train`` and ``val`` may be read.
+            budget: epochs of training that the step may spend; None for its own default.
+            seed: source of all its randomness.
+            progress: told how far it is.
+
+        Raises:
+            TransformError: settings that this model cannot meet, or nothing to work on.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Several transforms, one after the other; itself a transform.
+
+    The budget is shared out equally, and step ``k`` draws its randomness from ``seed + k``.
+
+    Args:
+        steps: the transforms in order.
+
+    Raises:
+        TransformError: an empty chain, or a step that is not callable.
+    """
+
+    steps: Sequence[Transform]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", tuple(self.steps))
+        if not self.steps:
+            raise TransformError("A Chain needs at least one step.")
+        for step in self.steps:
+            if not callable(step):
+                raise TransformError(f"A Chain's steps must be transforms, got {type(step).__name__}.")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        budget: float | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> nn.Module:
+        """Apply every step in turn."""
+        count = len(self.steps)
+        share = None if budget is None else budget / count
+        for position, step in enumerate(self.steps):
+            model = step(model, task, budget=share, seed=seed + position, progress=_scaled(progress, position, count))
+        return model
+
+
+def _scaled(progress: Progress | None, position: int, count: int) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda fraction, what: progress((position + fraction) / count, what)

@@ -1,0 +1,72 @@
+"""What was cut where: one row per layer with the shares that are left."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from netwright.report.format import compact
+from netwright.report.run import Layer
+
+__all__ = ["LayerRow", "Share", "layer_rows"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of something is left: percent for the bar, and the two figures."""
+
+    percent: float
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer: its name and kind, and what is left of its outputs, MACs and parameters."""
+
+    layer: str
+    kind: str
+    removed: bool
+    units: Share
+    macs: Share
+    parameters: Share
+    precision: str
+
+
+def layer_rows(layers: Sequence[Layer]) -> list[LayerRow]:
+    """Rows of the table of layers, in the order of the network.
+
+    The units of a layer are the first dimension of its weight: output channels of a convolution, outputs of
+    a linear layer.
+
+    Example:
+        >>> row = layer_rows([Layer("conv1", "Conv2d", (64, 3, 3, 3), (16, 3, 3, 3), 4000, 1000, 1728, 432, "int8")])[0]
+        >>> row.units, row.macs.percent
+        (Share(percent=25.0, before='64', after='16'), 25.0)
+    """
+    return [
+        LayerRow(
+            layer=layer.layer,
+            kind=layer.kind,
+            removed=layer.chosen_shape is None,
+            units=_share(_units(layer.baseline_shape), _units(layer.chosen_shape)),
+            macs=_share(layer.baseline_macs, layer.chosen_macs),
+            parameters=_share(layer.baseline_parameters, layer.chosen_parameters),
+            precision=layer.precision,
+        )
+        for layer in layers
+    ]
+
+
+def _units(shape: tuple[int, ...] | None) -> int:
+    return shape[0] if shape else 0
+
+
+def _share(before: int, after: int) -> Share:
+    percent = 100 * after / before if before else 0.0
+    return Share(round(min(100.0, percent), 1), _count(before), _count(after))
+
+
+def _count(value: int) -> str:
+    for worth, letter in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
+        if value >= worth:
+            return f"{compact(value / min(worth, 10**3) if letter == 'k' else value / worth)} {letter}"
+    return str(value)

@@ -1,0 +1,211 @@
+"""From a run to one HTML page."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from bokeh.embed import json_item
+from bokeh.plotting import figure
+from bokeh.resources import Resources
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from netwright.report.compare import compare, cost_change
+from netwright.report.format import (
+    COST_NAMES,
+    ScoreStyle,
+    compact,
+    duration,
+    moment,
+    plain_steps,
+    pretty_limit,
+    quantity,
+)
+from netwright.report.layers import layer_rows
+from netwright.report.limits import main_cost, target_limit
+from netwright.report.plots import area_plot, axes, curve_plot, front_plot, progress_plot
+from netwright.report.progress import follow
+from netwright.report.run import COSTS, Point, Run
+from netwright.report.words import GLOSSARY, STATUS_WORDS, headline, subline
+
+__all__ = ["render"]
+
+_MACHINE: Mapping[str, str] = {
+    "cpu": "Processor",
+    "cores": "Cores",
+    "threads": "Threads used",
+    "torch": "PyTorch",
+    "onnxruntime": "ONNX Runtime",
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A key figure: a large value, what it is, and a line below."""
+
+    value: str
+    label: str
+    detail: str
+    verdict: str
+    unit: str = ""
+
+
+def render(run: Run) -> str:
+    """The whole report as one HTML text: styles, scripts and data inline, nothing fetched.
+
+    About 1.3 MB of it is the plotting library; each evaluated candidate adds about 0.6 KB. Takes well under
+    a second for hundreds of candidates.
+
+    Args:
+        run: what was read from the run directory.
+    """
+    style = ScoreStyle(run.settings.score)
+    plots = _plots(run, style)
+    result = run.result
+    return str(
+        _environment()
+        .get_template("template.html")
+        .render(
+            run=run,
+            result=result,
+            status=result.status if result else "unfinished",
+            status_words=STATUS_WORDS[result.status if result else "unfinished"],
+            headline=headline(run),
+            subline=subline(run),
+            tiles=_tiles(run, style),
+            rows=compare(result, style) if result else (),
+            front=_front_rows(run, style),
+            costs=[COST_NAMES[cost] for cost in COSTS],
+            layers=layer_rows(run.layers),
+            chosen_steps=plain_steps(result.chosen.steps, None) if result and result.chosen else "",
+            created=moment(run.settings.created),
+            failures=_failures(run),
+            facts=_facts(run),
+            glossary=GLOSSARY,
+            score_title=style.title,
+            across=main_cost(run.settings.target),
+            axes=axes(run, style),
+            plots=plots,
+            bokeh=_library() if plots else Markup(""),
+            data=_embedded({"plots": plots, "axes": axes(run, style)}),
+        )
+    )
+
+
+def _plots(run: Run, style: ScoreStyle) -> dict[str, object]:
+    """Figures by the id of their place in the page, as JSON that the plotting library understands."""
+    figures: dict[str, figure | None] = {}
+    if run.points or run.result is not None:
+        figures["front"] = front_plot(run, style)
+    label = f"{style.title}, validation{' (%)' if style.percent else ''}"
+    figures["loss"] = curve_plot(run.history, "train_loss", "Training loss", name="loss")
+    figures["score"] = curve_plot(run.history, "val_score", label, style.worth, name="score")
+    progress = follow(run)
+    if progress is not None and run.baseline is not None:
+        wanted = run.settings.target.get(progress.cost)
+        limit = target_limit(progress.cost, wanted, run.baseline) if wanted else None
+        base = run.baseline.cost(progress.cost)
+        figures["progress"] = progress_plot(progress, None if limit is None else limit / base)
+        figures["area"] = area_plot(progress)
+    return {name: json_item(plot) for name, plot in figures.items() if plot is not None}
+
+
+def _tiles(run: Run, style: ScoreStyle) -> list[Tile]:
+    result = run.result
+    if result is None or result.chosen is None:
+        base = run.baseline
+        costs = [] if base is None else [(COST_NAMES[cost], quantity(cost, base.cost(cost))) for cost in COSTS]
+        return [Tile(shown, name, "baseline", "same") for name, shown in costs]
+    score = compare(result, style)[0]
+    value, _, unit = (score.change or "=").partition(" ")
+    tiles = [Tile(value, score.name, f"{score.baseline} → {score.chosen}", score.verdict, unit)]
+    for cost in COSTS:
+        change = cost_change(result, cost)
+        before, after = result.baseline.cost(cost), result.chosen.cost(cost)
+        detail = f"{quantity(cost, before)} → {quantity(cost, after)}"
+        if change is None or change.verdict == "same":
+            tiles.append(Tile("=", COST_NAMES[cost], detail, "same"))
+        else:
+            value, _, words = change.words.partition(" ")
+            tiles.append(Tile(value, words, detail, change.verdict))
+    return tiles
+
+
+def _front_rows(run: Run, style: ScoreStyle) -> list[dict[str, object]]:
+    """The front as a table, fastest first: the plot for those who cannot see or hover it."""
+    points = run.result.front if run.result else ()
+    cost = main_cost(run.settings.target)
+    return [_front_row(point, style) for point in sorted(points, key=lambda point: point.cost(cost))]
+
+
+def _front_row(point: Point, style: ScoreStyle) -> dict[str, object]:
+    return {
+        "steps": plain_steps(point.steps, None) if point.steps else "baseline",
+        "score": style.value(point.score.val),
+        "costs": [quantity(cost, point.cost(cost)) for cost in COSTS],
+    }
+
+
+def _failures(run: Run) -> list[tuple[str, str]]:
+    """Causes with the trials that failed from them, the most frequent first."""
+    trials: dict[str, list[int]] = {}
+    for entry in run.failures:
+        trials.setdefault(entry.error or "no cause was recorded", []).append(entry.trial)
+    ordered = sorted(trials.items(), key=lambda pair: -len(pair[1]))
+    return [(cause, ", ".join(map(str, numbers))) for cause, numbers in ordered]
+
+
+def _facts(run: Run) -> dict[str, Mapping[str, str]]:
+    """Machine and settings as label and value."""
+    settings, result = run.settings, run.result
+    names = {
+        "cpu": "Processor",
+        "cores": "Cores",
+        "threads": "Threads used",
+        "torch": "PyTorch",
+        "onnxruntime": "ONNX Runtime",
+    }
+    machine = {names.get(key, key): str(value) for key, value in (result.machine if result else {}).items()}
+    chosen = {
+        "Task": settings.task,
+        "Target": _limits(settings.target) or "none",
+        "Keep": _limits(settings.keep) or "anything",
+        "Budget": "none" if settings.budget_s is None else duration(settings.budget_s),
+        "Seed": str(settings.seed),
+        "Engine": f"{settings.engine}, {settings.workers} worker{'' if settings.workers == 1 else 's'}",
+        "Netwright": settings.netwright,
+        "Begun": moment(settings.created),
+    }
+    if result:
+        chosen["Took"] = duration(result.wall_s)
+        if result.hypervolume is not None:
+            chosen["Hypervolume"] = compact(result.hypervolume)
+    return {"Machine": machine, "Settings": {key: value for key, value in chosen.items() if value}}
+
+
+def _limits(limits: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {pretty_limit(limit)}" for name, limit in limits.items())
+
+
+def _embedded(content: object) -> Markup:
+    """JSON that is safe inside a script element: no ``<`` survives, so no text of a run can end the element."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+@cache
+def _library() -> Markup:
+    """The plotting library's core as script elements; its widgets, tables and other parts are left out."""
+    return Markup(Resources(mode="inline", components=["bokeh"], log_level="fatal").render_js())
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("netwright.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

@@ -1,0 +1,301 @@
+"""Properties of a transform, one function each."""
+
+import copy
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from netwright.core.artifact import OnnxModule, export_onnx
+from netwright.core.data import Batch, Dataset, Inputs, batches, call, first_inputs
+from netwright.core.errors import NetwrightError
+from netwright.core.graph.export import arguments, export_model
+from netwright.core.task import Task
+from netwright.core.transform import Chain, Transform
+from netwright.testing._property import expect
+
+__all__ = ["PROPERTIES", "Case"]
+
+_BATCH_SIZES = (1, 3)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+
+
+class Case:
+    """One transform on one task."""
+
+    def __init__(self, make: Callable[[], Transform], task: Task, seed: int, onnx_tolerance: float) -> None:
+        assert isinstance(task.model, nn.Module)
+        self.make, self.task, self.seed, self.onnx_tolerance = make, task, seed, onnx_tolerance
+        self._model = copy.deepcopy(task.model).eval()
+
+    def model(self) -> nn.Module:
+        """A fresh copy of the task's model, in eval mode."""
+        return copy.deepcopy(self._model)
+
+    def apply(self, model: nn.Module, **arguments: Any) -> nn.Module:
+        """What the transform makes of ``model``."""
+        task = arguments.pop("task", self.task)
+        return self.make()(model, task, **{"seed": self.seed, **arguments})
+
+    @cached_property
+    def result(self) -> nn.Module:
+        """The transformed model; not to be changed."""
+        return self.apply(self.model())
+
+    def inputs(self, size: int) -> Inputs:
+        """The first inputs of the validation set."""
+        return first_inputs(self.task.data.val, size)
+
+    def batch(self) -> Batch:
+        """The first eight training items."""
+        return next(batches(self.task.data.train, 8))
+
+
+def _settings(case: Case) -> None:
+    transform = case.make()
+    expect(isinstance(transform, Transform), "it cannot be called as a transform.")
+    for step in transform.steps if isinstance(transform, Chain) else (transform,):
+        name = type(step).__name__
+        expect(dataclasses.is_dataclass(step) and not isinstance(step, type), f"{name} is not a dataclass.")
+        settings: dict[str, Any] = dataclasses.asdict(step)  # type: ignore[call-overload]
+        for field in settings:
+            try:
+                setattr(step, field, settings[field])
+            except dataclasses.FrozenInstanceError:
+                continue
+            expect(False, f"{name}.{field} can be assigned to; declare @dataclass(frozen=True).")
+        again = type(step)(**json.loads(json.dumps(settings)))
+        expect(again == step, f"{name} read back from JSON is {again!r}, it was {step!r}.")
+
+
+def _untouched(case: Case) -> None:
+    model = case.model()
+    for module in list(model.modules())[::2]:
+        module.training = True  # a mixture, so that a blanket train() or eval() shows
+    next(iter(model.parameters())).requires_grad_(False)
+    before = _facts(model)
+    case.apply(model)
+    after = _facts(model)
+    for what, value in before.items():
+        expect(_equal(value, after[what]), f"the given model's {what} changed.")
+
+
+def _facts(model: nn.Module) -> dict[str, Any]:
+    return {
+        "modules": {name: type(module) for name, module in model.named_modules()},
+        "weights or buffers": {name: value.detach().clone() for name, value in model.state_dict().items()},
+        "training modes": [module.training for module in model.modules()],
+        "requires_grad flags": [param.requires_grad for param in model.parameters()],
+        "gradients": [None if param.grad is None else param.grad.clone() for param in model.parameters()],
+        "hooks": [[list(getattr(module, kind)) for kind in _HOOKS] for module in model.modules()],
+    }
+
+
+def _equal(left: Any, right: Any) -> bool:
+    left_leaves, left_form = pytree.tree_flatten(left)
+    right_leaves, right_form = pytree.tree_flatten(right)
+    return left_form == right_form and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        for a, b in zip(left_leaves, right_leaves, strict=True)
+    )
+
+
+def _random_state(case: Case) -> None:
+    before = torch.get_rng_state()
+    case.apply(case.model())
+    expect(torch.equal(before, torch.get_rng_state()), "the global random state of torch was advanced.")
+
+
+def _result(case: Case) -> None:
+    model = case.model()
+    model.train()
+    result = case.apply(model)
+    expect(isinstance(result, nn.Module), f"the result is a {type(result).__name__}, not an nn.Module.")
+    expect(result is not model, "the result is the given model itself.")
+    training = [name or "the model" for name, module in result.named_modules() if module.training]
+    expect(not training, f"the result is not in eval mode: {', '.join(training[:3])}.")
+    given = {value.data_ptr() for value in [*model.parameters(), *model.buffers()] if value.numel()}
+    for name, value in [*result.named_parameters(), *result.named_buffers()]:
+        expect(not value.numel() or value.data_ptr() not in given, f"{name} shares memory with the given model.")
+
+
+def _shape(case: Case) -> None:
+    model = case.model()
+    for size in _BATCH_SIZES:
+        wanted, got = _outputs(model, case.inputs(size)), _outputs(case.result, case.inputs(size))
+        expect(
+            [(tuple(a.shape), a.dtype) for a in wanted] == [(tuple(b.shape), b.dtype) for b in got],
+            f"at batch size {size} outputs are {_described(got)} where the given model's are {_described(wanted)}.",
+        )
+
+
+def _outputs(model: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
+    with torch.no_grad():
+        found = call(model, inputs) if isinstance(model, nn.Module) else model(inputs)
+    return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+
+
+def _described(outputs: list[Tensor]) -> str:
+    return ", ".join(f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}" for value in outputs)
+
+
+def _finite(case: Case) -> None:
+    for value in _outputs(case.result, case.inputs(16)):
+        expect(bool(value.isfinite().all()), "an output of the result is not finite.")
+
+
+def _determinism(case: Case) -> None:
+    results = []
+    for state in (1, 2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(state)
+            results.append(case.apply(case.model()))
+    first, second = (dict(result.state_dict()) for result in results)
+    expect(_equal(first, second), "two results of the same seed have different weights.")
+    gap = _gap(*(_outputs(result, case.inputs(8)) for result in results))
+    expect(gap == 0.0, f"the outputs of two results of the same seed differ by {gap:.3g} of the largest.")
+
+
+def _gap(wanted: list[Tensor], got: list[Tensor]) -> float:
+    """Largest difference, relative to the largest output."""
+    expect(len(wanted) == len(got), f"{len(got)} outputs where {len(wanted)} are wanted.")
+    worst = 0.0
+    for a, b in zip(wanted, got, strict=True):
+        expect(a.shape == b.shape, f"an output of shape {tuple(b.shape)} where {tuple(a.shape)} is wanted.")
+        gap = ((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-6)).item()
+        worst = max(worst, gap if gap == gap else float("inf"))
+    return worst
+
+
+def _copies(case: Case) -> None:
+    gap = _gap(*(_outputs(model, case.inputs(8)) for model in (case.result, copy.deepcopy(case.result))))
+    expect(gap == 0.0, f"a deep copy of the result differs from it by {gap:.3g} of the largest output.")
+
+
+def _trains(case: Case) -> None:
+    model = case.model()
+    given = _facts(model)["weights or buffers"]
+    result = case.apply(model).train()
+    before = [param.detach().clone() for param in result.parameters()]
+    expect(any(param.requires_grad for param in result.parameters()), "the result has no trainable parameter.")
+    assert case.task.loss is not None
+    inputs, targets = case.batch()
+    loss = case.task.loss(case.task.outputs(result, inputs), targets)
+    expect(bool(loss.isfinite()), "the loss of the result in training mode is not finite.")
+    torch.autograd.backward(loss)
+    torch.optim.SGD([param for param in result.parameters() if param.requires_grad], lr=0.1).step()
+    moved = any(not torch.equal(old, new) for old, new in zip(before, result.parameters(), strict=True))
+    expect(moved, "no parameter of the result receives a gradient.")
+    expect(_equal(given, _facts(model)["weights or buffers"]), "training the result changed the given model.")
+
+
+def _exports(case: Case) -> None:
+    program = export_model(case.result, case.inputs(2)).module()
+    for size in _BATCH_SIZES:
+        args, kwargs = arguments(case.inputs(size))
+        wanted = _outputs(case.result, case.inputs(size))
+        gap = _gap(wanted, _outputs(lambda _, args=args, kwargs=kwargs: program(*args, **kwargs), case.inputs(size)))
+        expect(gap <= 1e-5, f"the exported program differs by {gap:.3g} of the largest output at batch size {size}.")
+
+
+def _onnx(case: Case) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(case.result, case.inputs(2), path)
+        model = OnnxModule(path)
+        for size in _BATCH_SIZES:
+            gap = _gap(_outputs(case.result, case.inputs(size)), _outputs(model, case.inputs(size)))
+            expect(
+                gap <= case.onnx_tolerance,
+                f"the ONNX file differs by {gap:.3g} of the largest output at batch size {size}.",
+            )
+
+
+class _Sealed:
+    """A dataset that must not be read."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.size = len(dataset)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("the test split was read.")
+
+
+def _test_split(case: Case) -> None:
+    data = dataclasses.replace(case.task.data, test=_Sealed(case.task.data.test))
+    case.apply(case.model(), task=dataclasses.replace(case.task, data=data))
+
+
+def _budget(case: Case) -> None:
+    items = len(case.task.data.train)
+    basis = _trained_items(case, 0.0)
+    for budget in (1.0, 2.5):
+        spent = (_trained_items(case, budget) - basis) / items
+        expect(spent <= budget + 1e-9, f"with budget={budget} it trained {spent:.3g} epochs more than with budget=0.")
+
+
+def _trained_items(case: Case, budget: float) -> int:
+    """Items whose loss was taken with gradients."""
+    count = 0
+    loss = case.task.loss
+
+    def counted(output: Any, target: Tensor) -> Tensor:
+        nonlocal count
+        count += len(target) if torch.is_grad_enabled() else 0
+        assert loss is not None
+        return loss(output, target)
+
+    case.apply(case.model(), task=dataclasses.replace(case.task, loss=counted), budget=budget)
+    return count
+
+
+def _progress(case: Case) -> None:
+    calls: list[tuple[float, str]] = []
+    case.apply(case.model(), progress=lambda fraction, what: calls.append((fraction, what)))
+    fractions = [fraction for fraction, _ in calls]
+    expect(bool(calls), "progress is never called.")
+    expect(all(0 <= fraction <= 1 for fraction in fractions), f"fractions leave [0, 1]: {fractions}.")
+    expect(fractions == sorted(fractions), f"fractions fall: {fractions}.")
+    expect(all(isinstance(what, str) and what for _, what in calls), "progress is called without a word.")
+
+
+def _errors(case: Case) -> None:
+    for value in (float("nan"), float("inf")):
+        model = case.model()
+        weight = next(param for param in model.parameters() if param.is_floating_point())
+        weight.data.view(-1)[0] = value
+        try:
+            case.apply(model)
+        except NetwrightError as error:
+            expect(bool(str(error)), "the error for non-finite weights has no message.")
+            continue
+        expect(False, f"a model with a weight of {value} is accepted.")
+
+
+PROPERTIES: Mapping[str, Callable[[Case], Any]] = {
+    "settings": _settings,
+    "untouched": _untouched,
+    "random_state": _random_state,
+    "result": _result,
+    "shape": _shape,
+    "finite": _finite,
+    "determinism": _determinism,
+    "copies": _copies,
+    "trains": _trains,
+    "exports": _exports,
+    "onnx": _onnx,
+    "test_split": _test_split,
+    "budget": _budget,
+    "progress": _progress,
+    "errors": _errors,
+}

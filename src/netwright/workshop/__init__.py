@@ -1,0 +1,23 @@
+"""The main job: a task and a target in, a Pareto front and a better model out."""
+
+from netwright.workshop.dry import dry_run
+from netwright.workshop.engine import Engine
+from netwright.workshop.evaluation import Measuring
+from netwright.workshop.optimize import Job, optimize
+from netwright.workshop.point import Point, Step
+from netwright.workshop.target import Keep, Limit, parse_budget, parse_keep, parse_targets
+
+__all__ = [
+    "Engine",
+    "Job",
+    "Keep",
+    "Limit",
+    "Measuring",
+    "Point",
+    "Step",
+    "dry_run",
+    "optimize",
+    "parse_budget",
+    "parse_keep",
+    "parse_targets",
+]

@@ -1,0 +1,134 @@
+"""The baseline: trained or as the user brought it, exported, scored, measured, kept in the run directory."""
+
+import copy
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from netwright.core.artifact import load_weights, save_weights
+from netwright.core.cost import measure_onnx
+from netwright.core.evaluate import evaluate, predict
+from netwright.core.fit import Record, fit
+from netwright.core.graph.export import export_model
+from netwright.core.onnx_export import export_onnx
+from netwright.core.onnx_module import OnnxModule
+from netwright.core.recipe import Recipe
+from netwright.core.rundir import RunDirectory
+from netwright.core.task import Task
+from netwright.core.transform import Progress
+from netwright.workshop.evaluation import Measuring
+from netwright.workshop.point import Point
+from netwright.workshop.quiet import QuietRoom
+
+__all__ = ["Baseline", "make_baseline", "plain"]
+
+_WEIGHTS, _MODEL, _RECORD = "baseline.safetensors", "baseline.onnx", "baseline.json"
+_TIMED_STEPS = 4
+_REMEMBERED = 16_000_000  # elements of the teacher's outputs
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a run starts from.
+
+    Args:
+        model: the trained module.
+        point: its validation score and cost.
+        artifact: it as an ONNX model.
+        epoch_seconds: time of an epoch of training on one thread.
+        history: record of its training, empty when it came trained.
+        teacher: what recovery imitates: its outputs on the training split where they are always the same and small,
+            else the model.
+    """
+
+    model: nn.Module
+    point: Point
+    artifact: bytes
+    epoch_seconds: float
+    history: tuple[dict[str, Any], ...]
+    teacher: nn.Module | Tensor
+
+
+def make_baseline(
+    run: RunDirectory, task: Task, recipe: Recipe, seed: int, measuring: Measuring, progress: Progress
+) -> Baseline:
+    """Train (or take), export, score and measure the baseline; or read what an earlier call left in ``run``.
+
+    Training that was interrupted goes on from its checkpoint.
+    """
+    model = task.build(seed)
+    if not run.has(_RECORD):
+        history = _train(run, model, task, recipe, seed, progress)
+        program = export_model(model, task.example(2))
+        run.save(_MODEL, lambda path: export_onnx(program, task.example(2), path))
+        val = evaluate(OnnxModule(run.path / _MODEL), task, "val")
+        progress(1.0, "measuring the baseline")
+        example = task.example(max(measuring.batch, 1))
+        with QuietRoom().measure():
+            cost = measure_onnx(
+                run.path / _MODEL, example, program, batch=measuring.batch, threads=measuring.threads, seconds=1.0
+            )
+        record = {
+            "point": Point((), val, cost).to_dict(),
+            "epoch_seconds": _epoch_seconds(model, task, recipe),
+            "history": history,
+        }
+        run.save(_WEIGHTS, lambda path: save_weights(model, path))
+        run.write(_RECORD, record)
+    record = run.read(_RECORD)
+    load_weights(model, run.path / _WEIGHTS)
+    return Baseline(
+        model=model.eval(),
+        point=Point.from_dict(record["point"]),
+        artifact=(run.path / _MODEL).read_bytes(),
+        epoch_seconds=record["epoch_seconds"],
+        history=tuple(record["history"]),
+        teacher=_teacher(model, task),
+    )
+
+
+def _train(
+    run: RunDirectory, model: nn.Module, task: Task, recipe: Recipe, seed: int, progress: Progress
+) -> list[dict[str, Any]]:
+    if task.trained:
+        return []
+    checkpoint = run.path / "baseline.checkpoint"
+    result = fit(model, task, recipe, seed=seed, checkpoint=checkpoint, progress=progress)
+    checkpoint.unlink(missing_ok=True)
+    return [plain(record) for record in result.history]
+
+
+def plain(record: Record) -> dict[str, Any]:
+    """A record as JSON takes it: what is not a number becomes null."""
+    values = dataclasses.asdict(record)
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
+
+
+def _teacher(model: nn.Module, task: Task) -> nn.Module | Tensor:
+    if task.fit is not None or type(task.data.train) is not TensorDataset:
+        return model
+    sample = task.outputs(model, task.example(1))
+    if not isinstance(sample, Tensor) or sample.numel() * len(task.data.train) > _REMEMBERED:
+        return model
+    outputs, _ = predict(model, task, "train")
+    return outputs if isinstance(outputs, Tensor) else model
+
+
+def _epoch_seconds(model: nn.Module, task: Task, recipe: Recipe) -> float:
+    """Time of an epoch of recovery on one thread, from a few steps of it."""
+    per_epoch = max(1, math.ceil(len(task.data.train) / recipe.batch_size))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        start = time.perf_counter()
+        steps = min(_TIMED_STEPS, per_epoch)
+        fit(copy.deepcopy(model), task, recipe.replace(epochs=steps / per_epoch), validate=False)
+        return (time.perf_counter() - start) * per_epoch / steps
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,68 @@
+"""Choosing from what was measured: which candidates deserve a full recovery, and which is handed back."""
+
+from collections.abc import Callable, Sequence
+
+from netwright.core.front import Front
+from netwright.workshop.point import Point, ratios
+from netwright.workshop.target import Keep, Limit
+
+__all__ = ["REFERENCE", "excess", "front_of", "front_volume", "ranking", "shortfall"]
+
+REFERENCE = 1.1
+"""Ratio at which a cost stops to count for the hypervolume: a little beyond the baseline's own."""
+
+
+def front_of(points: Sequence[Point], baseline: Point, limits: Sequence[Limit]) -> list[Point]:
+    """The points that no other one beats in score and in every targeted metric."""
+    return list(Front(list(points), [lambda point: -point.val, *_shares(baseline, limits)]))
+
+
+def front_volume(points: Sequence[Point], baseline: Point, limits: Sequence[Limit], floor: float) -> float:
+    """Hypervolume of the points, as a share of the box that the target leaves open.
+
+    Score counts from ``floor`` (twice the loss that the user accepts below the baseline) up to the
+    baseline, ratios from 0 up to 1.1; a point beyond the box counts nothing. Higher is better.
+    """
+    depth = max(baseline.val - floor, 1e-9)
+    front = Front(
+        list(points),
+        [
+            lambda point: max(0.0, (baseline.val - point.val) / depth),
+            *_shares(baseline, limits),
+        ],
+    )
+    return front.hypervolume([1.0, *(REFERENCE for _ in limits)]) / REFERENCE ** len(limits)
+
+
+def _shares(baseline: Point, limits: Sequence[Limit]) -> list[Callable[[Point], float]]:
+    def share(metric: str) -> Callable[[Point], float]:
+        return lambda point: ratios(point, baseline)[metric]
+
+    return [share(limit.metric) for limit in limits]
+
+
+def excess(point: Point, baseline: Point, limits: Sequence[Limit]) -> float:
+    """By what factor the worst metric exceeds its limit; at most 1 when every target is met."""
+    shares = ratios(point, baseline)
+    return max(shares[limit.metric] / limit.ratio(baseline.cost) for limit in limits)
+
+
+def shortfall(point: Point, baseline: Point, keep: Keep) -> float:
+    """How far the validation score lies below what must be kept; at most 0 when it is kept."""
+    return baseline.val + keep.change - point.val
+
+
+def ranking(points: Sequence[Point], baseline: Point, limits: Sequence[Limit], keep: Keep) -> list[Point]:
+    """Points in the order in which they deserve a full recovery.
+
+    First those that meet every target and keep the score, smallest costs first; then those that only keep the
+    score, nearest to the target first; then the rest, by how much score they lack.
+    """
+
+    def order(point: Point) -> tuple[float, ...]:
+        over, lacking = excess(point, baseline, limits), shortfall(point, baseline, keep)
+        if lacking <= 0:
+            return (0.0 if over <= 1 else 1.0, over, -point.val)
+        return (2.0, lacking, over)
+
+    return sorted(points, key=order)

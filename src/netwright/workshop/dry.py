@@ -1,0 +1,39 @@
+"""The plan of a run in words, before anything is done."""
+
+from netwright.core.graph.macs import count_parameters, total_macs
+from netwright.core.recipe import Recipe
+from netwright.workshop.optimize import Job, prepare
+from netwright.workshop.plan import default_workers, prunable
+from netwright.workshop.space import Space
+
+__all__ = ["dry_run"]
+
+
+def dry_run(job: Job) -> list[str]:
+    """What a run would do, line by line; the task is loaded, checked and traced, nothing is trained or written.
+
+    Raises:
+        NetwrightError: as the run itself would.
+    """
+    task, graph = prepare(job)
+    groups = prunable(graph)
+    space = Space(groups, {})
+    recipe = task.recipe or Recipe()
+    heads = sum(group.kind == "heads" for group in graph.groups)
+    training = "comes trained" if task.trained else f"is trained for {recipe.epochs:g} epochs"
+    return [
+        f"Task {job.name}: {len(task.data.train)} training, {len(task.data.val)} validation, "
+        f"{len(task.data.test)} test items.",
+        f"The baseline {training}; {count_parameters(graph.program):,} parameters, "
+        f"{total_macs(graph.program) / 1e6:.3g} M MACs an item.",
+        f"Prunable: {len(groups)} groups, {sum(size for _, size in groups)} units ({heads} groups of attention heads).",
+        *(
+            f"  {group.name}: {group.size} {group.kind}{'' if group.exact else ' (changes statistics)'}"
+            for group in graph.groups
+        ),
+        *(f"  left alone: {entry.name}, stopped by {entry.operation}: {entry.reason}" for entry in graph.blocked),
+        f"Space: structured pruning by group and int8 or not, about 10^{space.size():.0f} proposals.",
+        "Target: " + ", ".join(f"{limit.metric}{limit.text}" for limit in job.limits) + f"; keep score{job.keep.text}.",
+        f"Time: at most about {job.budget:.0f} s, on {job.workers or default_workers()} workers ({job.engine}).",
+        f"Run directory: {job.out}. Nothing was written.",
+    ]

@@ -1,0 +1,258 @@
+"""Evaluate one candidate: apply its steps, recover, export, score, measure.
+
+This is what a worker does, whichever engine runs it; it knows neither the study nor the run
+directory.
+"""
+
+import copy
+import math
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from netwright.core.cost import Cost, Ratio, compare_onnx, measure_onnx
+from netwright.core.errors import NetwrightError
+from netwright.core.evaluate import evaluate
+from netwright.core.fit import Record, fit
+from netwright.core.graph.export import export_model
+from netwright.core.graph.macs import total_macs
+from netwright.core.onnx_export import export_onnx
+from netwright.core.onnx_module import OnnxModule
+from netwright.core.recipe import Recipe
+from netwright.core.task import Task
+from netwright.workshop.point import Point, Step
+from netwright.workshop.quiet import QuietRoom
+
+__all__ = ["Evaluator", "Measuring", "Outcome", "Request", "Subject"]
+
+_QUANTIZED_SHARE = 0.3  # of the recovery is spent after a step that simulates low precision
+_QUANTIZED_RATE = 0.25  # and at this share of the learning rate
+_OVERHEAD = 0.08  # share of an epoch's time that does not shrink with the network
+_MOST_EPOCHS, _LEAST_EPOCHS = 3.0, 0.02  # of recovery, in lengths of the task's own recipe
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How latency is measured.
+
+    Args:
+        batch: items in a call.
+        threads: threads of the runtime.
+        seconds: length of one measurement.
+    """
+
+    batch: int = 1
+    threads: int = 1
+    seconds: float = 0.3
+
+
+@dataclass(frozen=True)
+class Request:
+    """A candidate to evaluate.
+
+    Args:
+        number: the evaluation's number within the run.
+        steps: what is done to the baseline.
+        seconds: training time aimed at; becomes a number of epochs once the candidate's cost is known.
+        seed: source of its randomness.
+        params: the proposal in the sampler's own terms.
+        epochs: epochs of recovery; None to have them follow from ``seconds``.
+        deliver: whether the model itself comes back.
+    """
+
+    number: int
+    steps: tuple[Step, ...]
+    seconds: float
+    seed: int
+    params: dict[str, Any] = field(default_factory=dict)
+    epochs: float | None = None
+    deliver: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request.
+
+    Args:
+        request: the request.
+        point: the candidate's scores and costs, or None when it failed.
+        error: why it failed, in one line.
+        seconds: time it took.
+        epochs: epochs of recovery that it had.
+        artifact: the exported ONNX model.
+        history: record of the recovery.
+        model: the candidate itself; only when the request says so.
+    """
+
+    request: Request
+    point: Point | None
+    error: str | None
+    seconds: float
+    epochs: float = 0.0
+    artifact: bytes = b""
+    history: tuple[Record, ...] = ()
+    model: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What every evaluation of a run starts from.
+
+    Args:
+        task: the task.
+        model: the baseline, trained.
+        teacher: what recovery imitates: the baseline, or its outputs on the training split where they are
+            always the same.
+        artifact: the baseline as an ONNX model.
+        recipe: how candidates are trained.
+        epoch_seconds: time of one epoch of the baseline on one thread.
+        macs: the baseline's multiply-accumulates.
+        measuring: how latency is measured.
+    """
+
+    task: Task
+    model: nn.Module
+    teacher: nn.Module | Tensor
+    artifact: bytes
+    recipe: Recipe
+    epoch_seconds: float
+    macs: int
+    measuring: Measuring
+
+
+class Evaluator:
+    """Evaluates requests against one subject, one after the other.
+
+    Args:
+        subject: what they start from.
+        room: where it works and measures.
+    """
+
+    def __init__(self, subject: Subject, room: QuietRoom | None = None) -> None:
+        self._subject = subject
+        self._room = room or QuietRoom()
+        self._folder = tempfile.TemporaryDirectory(prefix="netwright-")
+        self._baseline = Path(self._folder.name) / "baseline.onnx"
+        self._baseline.write_bytes(subject.artifact)
+
+    def __call__(self, request: Request, report: Callable[[float, str], None] | None = None) -> Outcome:
+        """Evaluate ``request``. A candidate that fails is an outcome with its reason, not an exception."""
+        start = time.perf_counter()
+        try:
+            return self._evaluate(request, start, report)
+        except NetwrightError as error:
+            reason = f"{type(error).__name__}: {error}"
+        except Exception as error:  # whatever a candidate does must not end the run; the cause is recorded
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+        return Outcome(request, None, " ".join(reason.split())[:500], time.perf_counter() - start)
+
+    def _evaluate(self, request: Request, start: float, report: Callable[[float, str], None] | None) -> Outcome:
+        task = self._subject.task
+        path = Path(self._folder.name) / f"{request.number}.onnx"
+
+        def progress(fraction: float, what: str) -> None:
+            self._room.give_way()
+            if report is not None:
+                report(fraction, what)
+
+        with self._room.work():
+            model, epochs, history = self._train(request, progress)
+            self._room.give_way()
+            example = task.example(2)
+            program = export_model(model, example)
+            export_onnx(program, example, path)
+            self._room.give_way()
+            val = evaluate(OnnxModule(path), task, "val")
+            if not math.isfinite(val):
+                raise NetwrightError(f"The candidate's score is {val}.")
+            self._room.give_way()
+        cost, ratio = self._measure(path, program)
+        artifact = path.read_bytes()
+        path.unlink()
+        return Outcome(
+            request,
+            Point(request.steps, val, cost, ratio),
+            None,
+            time.perf_counter() - start,
+            epochs,
+            artifact,
+            history,
+            model if request.deliver else None,
+        )
+
+    def _train(
+        self, request: Request, progress: Callable[[float, str], None]
+    ) -> tuple[nn.Module, float, tuple[Record, ...]]:
+        """Apply the steps, with recovery after the structural ones and again after those of low precision."""
+        subject = self._subject
+        transforms = [step.build() for step in request.steps]
+        structural = [step for step in transforms if not is_low_precision(step)]
+        quantizing = [step for step in transforms if is_low_precision(step)]
+        model = subject.model
+        for step in structural:
+            model = step(model, subject.task, seed=request.seed)
+            progress(0.0, "pruned")
+        epochs = request.epochs if request.epochs is not None else self._epochs(model, request.seconds)
+        share = _QUANTIZED_SHARE if quantizing else 0.0
+        records: tuple[Record, ...] = ()
+        if structural:
+            model, records = self._recover(model, epochs * (1 - share), 1.0, request.seed, progress)
+        for step in quantizing:
+            model = step(model, subject.task, seed=request.seed)
+            progress(1 - share, "quantized")
+        if quantizing and any(parameter.requires_grad for parameter in model.parameters()):
+            model, more = self._recover(model, epochs * share, _QUANTIZED_RATE, request.seed + 1, progress)
+            records = (*records, *more)
+        return model.eval(), epochs, records
+
+    def _recover(
+        self, model: nn.Module, epochs: float, rate: float, seed: int, progress: Callable[[float, str], None]
+    ) -> tuple[nn.Module, tuple[Record, ...]]:
+        subject = self._subject
+        if model is subject.model:
+            model = copy.deepcopy(model)
+        recipe = scaled(subject.recipe, rate).replace(epochs=epochs)
+        result = fit(model, subject.task, recipe, seed=seed, teacher=subject.teacher, progress=progress, validate=False)
+        return result.model, result.history
+
+    def _epochs(self, model: nn.Module, seconds: float) -> float:
+        """Epochs that fit into ``seconds``: an epoch's time falls with the MACs, down to a floor of overhead."""
+        subject = self._subject
+        macs = total_macs(export_model(model, subject.task.example(2)))
+        share = max(macs / max(subject.macs, 1), _OVERHEAD)
+        most, least = _MOST_EPOCHS * subject.recipe.epochs, _LEAST_EPOCHS * subject.recipe.epochs
+        return round(min(most, max(least, seconds / (subject.epoch_seconds * share))), 3)
+
+    def _measure(self, path: Path, program: ExportedProgram) -> tuple[Cost, Ratio]:
+        how = self._subject.measuring
+        example = self._subject.task.example(max(how.batch, 1))
+        with self._room.measure():
+            cost = measure_onnx(path, example, program, batch=how.batch, threads=how.threads, seconds=how.seconds / 3)
+            ratio = compare_onnx(
+                path, self._baseline, example, batch=how.batch, threads=how.threads, seconds=how.seconds
+            )
+        return cost, ratio
+
+
+def is_low_precision(step: object) -> bool:
+    """Whether a transform changes how numbers are written rather than which units there are."""
+    return bool(getattr(step, "low_precision", False))
+
+
+def scaled(recipe: Recipe, rate: float) -> Recipe:
+    """The recipe with its learning rates multiplied by ``rate``."""
+
+    def scale(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value * rate if name in ("lr", "max_lr") else value for name, value in settings.items()}
+
+    return recipe.replace(
+        optimizer_settings=scale(recipe.optimizer_settings), schedule_settings=scale(recipe.schedule_settings)
+    )

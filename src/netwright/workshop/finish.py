@@ -1,0 +1,257 @@
+"""The end of a run: measure the finalists against the baseline, test once, write what is handed back."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from netwright import __version__
+from netwright.core.artifact import save_program, save_weights
+from netwright.core.cost import Ratio, compare_onnx
+from netwright.core.evaluate import evaluate, paired_interval, predict, score_interval, score_outputs
+from netwright.core.machine import machine
+from netwright.core.onnx_module import OnnxModule
+from netwright.core.recipe import Recipe
+from netwright.core.rundir import RunDirectory
+from netwright.core.task import Task
+from netwright.workshop.baseline import Baseline, plain
+from netwright.workshop.choice import excess, front_of, front_volume, ranking, shortfall
+from netwright.workshop.evaluation import Measuring, Outcome, is_low_precision
+from netwright.workshop.layers import layer_table
+from netwright.workshop.point import Point, ratios
+from netwright.workshop.quiet import QuietRoom
+from netwright.workshop.study import Study
+from netwright.workshop.target import METRICS, Keep, Limit
+
+__all__ = ["Findings", "conclude"]
+
+RESULT = "result.json"
+_FLOOR_DEPTH = 2.0  # the front's hypervolume counts scores down to this many times the loss that is accepted
+_PAIRED_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a run has found so far, and how it is written down.
+
+    Args:
+        run: the run directory.
+        task: the task.
+        name: how the task was named.
+        limits: the targets.
+        keep: the floor of the score.
+        seed: the run's seed.
+        baseline: the baseline.
+        study: every evaluation.
+    """
+
+    run: RunDirectory
+    task: Task
+    name: str
+    limits: tuple[Limit, ...]
+    keep: Keep
+    seed: int
+    baseline: Baseline
+    study: Study
+
+    def points(self) -> list[Point]:
+        """Every candidate that was measured."""
+        return [entry.point for entry in self.study.entries if entry.point is not None]
+
+    def write(self, state: "State", elapsed: float) -> dict[str, Any]:
+        """Write ``result.json`` and return what it says."""
+        base = replace(self.baseline.point, test=state.baseline_test, test_ci95=state.baseline_ci95)
+        everything = [self.baseline.point, *self.points(), *([state.chosen] if state.chosen else [])]
+        floor = base.val + _FLOOR_DEPTH * min(self.keep.change, -1e-3)
+        found = machine()
+        content = {
+            "schema": 1,
+            "netwright": __version__,
+            "task": self.name,
+            "seed": self.seed,
+            "status": state.status,
+            "explanation": state.explanation,
+            "target": {limit.metric: limit.text for limit in self.limits},
+            "keep": {"score": self.keep.text},
+            "machine": found,
+            "baseline": base.to_dict(),
+            "chosen": None if state.chosen is None else state.chosen.to_dict(),
+            "ratios": dict.fromkeys(METRICS, 1.0) if state.chosen is None else ratios(state.chosen, base),
+            "latency_ratio": None if state.ratio is None else asdict(state.ratio),
+            "score_drop": state.drop,
+            "front": [point.to_dict() for point in front_of(everything, base, self.limits)],
+            "hypervolume": front_volume(everything, base, self.limits, floor),
+            "evaluations": len(self.study.entries),
+            "failed": self.study.failed,
+            "wall_s": round(elapsed, 3),
+        }
+        self.run.write(RESULT, content)
+        return content
+
+    def write_interrupted(self, elapsed: float) -> dict[str, Any]:
+        """Write the state of a run that is not finished: valid at every moment."""
+        count = len(self.study.entries)
+        sentence = f"The run was not finished: {count} candidates were evaluated. Go on with --resume."
+        return self.write(State("interrupted", sentence), elapsed)
+
+
+@dataclass(frozen=True)
+class State:
+    """How a run ended.
+
+    Args:
+        status: "met", "not_met" or "interrupted".
+        explanation: one sentence.
+        chosen: the point handed back.
+        ratio: its latency against the baseline's, measured in one process.
+        drop: change of the test score and its interval.
+        baseline_test: the baseline's score on the test split.
+        baseline_ci95: its interval.
+    """
+
+    status: str
+    explanation: str
+    chosen: Point | None = None
+    ratio: Ratio | None = None
+    drop: dict[str, Any] | None = None
+    baseline_test: float | None = None
+    baseline_ci95: tuple[float, float] | None = None
+
+
+def conclude(
+    findings: Findings,
+    finals: Sequence[Outcome],
+    recipe: Recipe,
+    measuring: Measuring,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
+    """Choose among the finalists, write the artifacts, test once, and write the result.
+
+    Only a finalist that costs less than the baseline in every targeted metric can be chosen; where there is none,
+    the baseline itself is handed back and the explanation says so.
+    """
+    measured = [_paired(findings, outcome, measuring) for outcome in finals if outcome.point is not None]
+    by_point = {id(outcome.point): outcome for outcome in measured}
+    base = findings.baseline.point
+    better = [
+        outcome.point
+        for outcome in measured
+        if outcome.point is not None and all(ratios(outcome.point, base)[limit.metric] < 1 for limit in findings.limits)
+    ]
+    order = ranking(better, base, findings.limits, findings.keep)
+    chosen = by_point[id(order[0])] if order else None
+    _write_artifacts(findings, chosen, recipe)
+    return findings.write(_judge(findings, chosen), clock())
+
+
+def _paired(findings: Findings, outcome: Outcome, measuring: Measuring) -> Outcome:
+    """The outcome with its latency measured anew against the baseline's, at length and with nothing else running."""
+    assert outcome.point is not None
+    path = findings.run.save("model.onnx", lambda place: place.write_bytes(outcome.artifact))
+    example = findings.task.example(max(measuring.batch, 1))
+    with QuietRoom().measure():
+        ratio = compare_onnx(
+            path,
+            findings.run.path / "baseline.onnx",
+            example,
+            batch=measuring.batch,
+            threads=measuring.threads,
+            seconds=_PAIRED_SECONDS,
+        )
+    return replace(outcome, point=replace(outcome.point, latency_ratio=ratio))
+
+
+@dataclass(frozen=True)
+class _Tested:
+    score: float
+    interval: tuple[float, float] | None
+    outputs: Any
+    targets: Any
+
+
+def _test(task: Task, model: nn.Module) -> _Tested:
+    """Score on the test split; a task with a score of its own gives no outputs to resample."""
+    if task.evaluate is not None:
+        return _Tested(evaluate(model, task, "test"), None, None, None)
+    outputs, targets = predict(model, task, "test")
+    return _Tested(score_outputs(task, outputs, targets), score_interval(task, outputs, targets), outputs, targets)
+
+
+def _judge(findings: Findings, chosen: Outcome | None) -> State:
+    task, run = findings.task, findings.run
+    before = _test(task, OnnxModule(run.path / "baseline.onnx"))
+    if chosen is None or chosen.point is None:
+        sentence = "No candidate was better than the baseline in every targeted metric, so the baseline is handed back."
+        return State("not_met", sentence, baseline_test=before.score, baseline_ci95=before.interval)
+    after = _test(task, OnnxModule(run.path / "model.onnx"))
+    change = after.score - before.score
+    interval = None
+    if before.targets is not None:
+        interval = list(paired_interval(task, before.outputs, after.outputs, before.targets))
+    point = replace(chosen.point, test=after.score, test_ci95=after.interval)
+    met, sentence = _verdict(findings, point, change)
+    return State(
+        status="met" if met else "not_met",
+        explanation=sentence,
+        chosen=point,
+        ratio=point.latency_ratio,
+        drop={"test": change, "ci95": interval},
+        baseline_test=before.score,
+        baseline_ci95=before.interval,
+    )
+
+
+def _verdict(findings: Findings, point: Point, change: float) -> tuple[bool, str]:
+    base = findings.baseline.point
+    shares = ratios(point, base)
+    reached = ", ".join(f"{limit.metric} {shares[limit.metric]:.3g}x" for limit in findings.limits)
+    scored = f"test score {point.test:.4g} ({change:+.4g} against the baseline)"
+    asked = ", ".join(f"{limit.metric}{limit.text}" for limit in findings.limits)
+    if excess(point, base, findings.limits) > 1:
+        return False, f"The target {asked} was not reached within the budget: the best found has {reached} at {scored}."
+    if shortfall(point, base, findings.keep) > 0:
+        return (
+            False,
+            f"{asked} was reached, but not with score{findings.keep.text} on validation: {reached} at {scored}.",
+        )
+    if change < findings.keep.change - 1e-9:
+        return False, (
+            f"{asked} was reached with the score kept on validation, but the test split, read once at the end, lost "
+            f"more than score{findings.keep.text} allows: {reached} at {scored}."
+        )
+    return True, f"The target was met: {reached} at {scored}."
+
+
+def _write_artifacts(findings: Findings, chosen: Outcome | None, recipe: Recipe) -> None:
+    """model.onnx, model.pt2, model.safetensors, recipe.json, history.json and layers.json."""
+    run, base = findings.run, findings.baseline
+    example = findings.task.example(2)
+    model = base.model if chosen is None or chosen.model is None else chosen.model
+    artifact = base.artifact if chosen is None else chosen.artifact
+    run.save("model.onnx", lambda path: path.write_bytes(artifact))
+    run.save("model.pt2", lambda path: save_program(model, example, path))
+    run.save("model.safetensors", lambda path: save_weights(model, path))
+    steps = () if chosen is None else chosen.request.steps
+    run.write(
+        "recipe.json",
+        {
+            "schema": 1,
+            "netwright": __version__,
+            "task": findings.name,
+            "seed": findings.seed,
+            "training": json.loads(recipe.to_json()),
+            "steps": [{"method": step.method, "settings": dict(step.settings)} for step in steps],
+            "recovery": None if chosen is None else {"epochs": chosen.epochs, "seed": chosen.request.seed},
+        },
+    )
+    history = [] if chosen is None else [plain(record) for record in chosen.history]
+    run.write("history.json", {"baseline": list(base.history), "chosen": history})
+    structure = base.model
+    transforms = [step.build() for step in steps]
+    for transform in transforms:
+        if chosen is not None and not is_low_precision(transform):
+            structure = transform(structure, findings.task, seed=chosen.request.seed)
+    precision = "int8" if any(is_low_precision(transform) for transform in transforms) else None
+    run.write("layers.json", layer_table(base.model, structure, example, precision))

@@ -1,0 +1,110 @@
+"""The plan of a run: what may be done to this network on this machine, and how the time is shared out."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from netwright.compress import Int8, fastest_int8
+from netwright.core.errors import NothingToPruneError, TransformError
+from netwright.core.graph import Graph
+from netwright.core.rundir import RunDirectory
+from netwright.core.task import Task
+from netwright.workshop.baseline import Baseline
+from netwright.workshop.quiet import QuietRoom
+from netwright.workshop.space import Space
+
+__all__ = ["Plan", "default_workers", "make_plan", "prunable"]
+
+_RECORD = "plan.json"
+_FINAL_SHARE = 0.35  # of the time after the baseline goes into full recovery
+_CANDIDATES = 32  # evaluations aimed at
+_LEAST_SECONDS = 1.0  # of training for one candidate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run.
+
+    Args:
+        space: what may be proposed.
+        workers: evaluations side by side.
+        started: second of the run at which the search began.
+        candidate_seconds: training time of one candidate.
+        final_seconds: time kept for full recovery.
+        int8_table: latency ratio of every pair of operand types that was tried, by name.
+    """
+
+    space: Space
+    workers: int
+    started: float
+    candidate_seconds: float
+    final_seconds: float
+    int8_table: Mapping[str, Any]
+
+
+def default_workers() -> int:
+    """One worker for each core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def prunable(graph: Graph) -> tuple[tuple[str, int], ...]:
+    """Name and size of every group that has at least two units."""
+    return tuple((group.name, group.size) for group in graph.groups if group.size > 1)
+
+
+def make_plan(
+    run: RunDirectory, task: Task, baseline: Baseline, graph: Graph, workers: int | None, budget: float, elapsed: float
+) -> Plan:
+    """Choose the operand types by measurement and share out the time; or read the plan that ``run`` has.
+
+    Raises:
+        NothingToPruneError: a network in which nothing can be pruned and nothing quantized.
+    """
+    groups = prunable(graph)
+    if not run.has(_RECORD):
+        settings, table = _int8(task, baseline)
+        if not groups and settings is None:
+            raise NothingToPruneError(_nothing(graph))
+        left = max(budget - elapsed, 0.0)
+        final = _FINAL_SHARE * left
+        count = workers or default_workers()
+        seconds = max(_LEAST_SECONDS, (left - final) * count / _CANDIDATES / 2)
+        run.write(
+            _RECORD,
+            {
+                "int8": settings,
+                "int8_table": table,
+                "workers": count,
+                "started": elapsed,
+                "candidate_seconds": seconds,
+                "final_seconds": final,
+            },
+        )
+    record = run.read(_RECORD)
+    return Plan(
+        space=Space(groups, record["int8"]),
+        workers=workers or record["workers"],
+        started=record["started"],
+        candidate_seconds=record["candidate_seconds"],
+        final_seconds=record["final_seconds"],
+        int8_table=record["int8_table"],
+    )
+
+
+def _int8(task: Task, baseline: Baseline) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Settings of the fastest sound quantization of the baseline, None where it gains nothing."""
+    try:
+        with QuietRoom().measure():
+            found = fastest_int8(baseline.model, task)
+    except TransformError as error:
+        return None, {"error": str(error)}
+    table = {"choices": [asdict(choice) for choice in found.choices]}
+    return (asdict(found.settings) if isinstance(found.settings, Int8) else None), table
+
+
+def _nothing(graph: Graph) -> str:
+    stopped = "; ".join(f"{entry.name}: {entry.operation} ({entry.reason})" for entry in graph.blocked[:5])
+    return (
+        f"Nothing in this network can be pruned or quantized safely. What stood in the way: {stopped or 'no layers'}."
+    )

@@ -1,0 +1,100 @@
+"""A candidate with its scores and costs, as ``result.json`` writes it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from netwright.core.cost import Cost, Latency, Ratio
+from netwright.core.recipe import resolve
+from netwright.core.transform import Transform
+from netwright.workshop.target import METRICS, metric_of
+
+__all__ = ["Point", "Step", "key", "ratios"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One transform by name, with its settings.
+
+    Args:
+        method: import path of a transform, such as ``netwright.compress:Prune``.
+        settings: its keyword arguments, plain data.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+
+    def build(self) -> Transform:
+        """The transform itself."""
+        made = resolve(self.method)(**self.settings)
+        assert isinstance(made, Transform)
+        return made
+
+
+@dataclass(frozen=True)
+class Point:
+    """A list of steps with its scores and costs.
+
+    Args:
+        steps: the steps, in order; empty for the baseline.
+        val: score on the validation split.
+        cost: what it costs on this machine.
+        latency_ratio: latency as a share of the baseline's, measured interleaved with it; None for the
+            baseline itself.
+        test: score on the test split, read once and only for points that are reported.
+        test_ci95: its 95% bootstrap interval.
+    """
+
+    steps: tuple[Step, ...]
+    val: float
+    cost: Cost
+    latency_ratio: Ratio | None = None
+    test: float | None = None
+    test_ci95: tuple[float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The POINT of ``result.json``."""
+        ratio = None if self.latency_ratio is None else asdict(self.latency_ratio)
+        return {
+            "steps": [{"method": step.method, "settings": dict(step.settings)} for step in self.steps],
+            "score": {
+                "val": self.val,
+                "test": self.test,
+                "test_ci95": None if self.test_ci95 is None else list(self.test_ci95),
+            },
+            **self.cost.to_dict(),
+            "latency_ratio": ratio,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Point":
+        """The point that :meth:`to_dict` wrote."""
+        latency = Latency(**data["latency_ms"])
+        score, ratio = data["score"], data.get("latency_ratio")
+        interval = score["test_ci95"]
+        return cls(
+            steps=tuple(Step(step["method"], step["settings"]) for step in data["steps"]),
+            val=score["val"],
+            cost=Cost(latency, data["memory_bytes"], data["size_bytes"], data["macs"], data["parameters"]),
+            latency_ratio=None if ratio is None else Ratio(**ratio),
+            test=score["test"],
+            test_ci95=None if interval is None else (interval[0], interval[1]),
+        )
+
+
+def ratios(point: Point, baseline: Point) -> dict[str, float]:
+    """Every metric of ``point`` as a share of the baseline's; latency as it was measured interleaved."""
+    shares = {name: _share(metric_of(point.cost, name), metric_of(baseline.cost, name)) for name in METRICS}
+    if point.latency_ratio is not None:
+        shares["latency"] = point.latency_ratio.median
+    return shares
+
+
+def key(steps: Sequence[Step]) -> str:
+    """A text that is equal for equal lists of steps."""
+    return json.dumps([[step.method, dict(step.settings)] for step in steps], sort_keys=True)
+
+
+def _share(value: float, reference: float) -> float:
+    return value / reference if reference else 1.0

@@ -1,0 +1,201 @@
+"""One stretch of a run, from its start or resume to its end."""
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from netwright.core.graph import Graph
+from netwright.core.recipe import Recipe
+from netwright.core.rundir import RunDirectory
+from netwright.core.task import Task
+from netwright.core.transform import Progress
+from netwright.workshop.baseline import Baseline, make_baseline
+from netwright.workshop.choice import ranking
+from netwright.workshop.engine import Engine
+from netwright.workshop.evaluation import Measuring, Outcome, Request, Subject
+from netwright.workshop.finish import Findings, conclude
+from netwright.workshop.local import LocalEngine
+from netwright.workshop.plan import Plan, make_plan
+from netwright.workshop.point import ratios
+from netwright.workshop.study import Proposal, Study
+from netwright.workshop.target import Keep, Limit
+
+__all__ = ["Session", "make_engine"]
+
+_TICK = 0.25  # seconds between looks at the clock
+_CLOSING = 8.0  # seconds that the last measurements, the artifacts and the report take
+_FINALISTS = 2  # candidates for each worker that are recovered in full
+_CLOCK = "clock.json"
+
+
+def make_engine(kind: Literal["local", "ray"], subject: Subject, workers: int) -> Engine:
+    """The engine of that name.
+
+    Raises:
+        NetwrightError: Ray was asked for and is not installed, or its cluster cannot be reached.
+    """
+    if kind == "local":
+        return LocalEngine(subject, workers)
+    from netwright.workshop.ray_engine import RayEngine  # Ray is an extra: loaded only where it is asked for
+
+    return RayEngine(subject, workers)
+
+
+@dataclass
+class Session:
+    """The phases of a run, one after the other; the arguments are those of a job, resolved."""
+
+    run: RunDirectory
+    task: Task
+    name: str
+    graph: Graph
+    recipe: Recipe
+    limits: tuple[Limit, ...]
+    keep: Keep
+    budget: float
+    seed: int
+    engine: Literal["local", "ray"]
+    workers: int | None
+    measuring: Measuring
+    progress: Progress
+    _start: float = field(default_factory=time.perf_counter, init=False)
+    _before: float = field(default=0.0, init=False)
+    _findings: Findings | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.run.has(_CLOCK):
+            self._before = float(self.run.read(_CLOCK)["elapsed_s"])
+
+    def elapsed(self) -> float:
+        """Seconds of the run so far, earlier stretches included."""
+        return self._before + time.perf_counter() - self._start
+
+    def go(self) -> dict[str, Any]:
+        """All phases; the content of ``result.json``."""
+        baseline = make_baseline(self.run, self.task, self.recipe, self.seed, self.measuring, self._training)
+        self._tell("choosing the operand types by measurement")
+        plan = make_plan(self.run, self.task, baseline, self.graph, self.workers, self.budget, self.elapsed())
+        study = Study(self.run, plan.space, baseline.point, self.limits, self.keep, self.seed)
+        self._findings = Findings(self.run, self.task, self.name, self.limits, self.keep, self.seed, baseline, study)
+        engine = make_engine(self.engine, self._subject(baseline), plan.workers)
+        try:
+            self._search(engine, study, plan, self._findings)
+            finals = self._finals(engine, study, plan, baseline)
+        finally:
+            engine.close()
+        self._tell("measuring and testing the chosen model")
+        self._save_clock()
+        return conclude(self._findings, finals, self.recipe, self.measuring, self.elapsed)
+
+    def interrupted(self) -> dict[str, Any]:
+        """Leave a valid result behind; its content."""
+        self._save_clock()
+        if self._findings is not None:
+            return self._findings.write_interrupted(self.elapsed())
+        return {
+            "status": "interrupted",
+            "explanation": "Stopped before the baseline was finished: go on with --resume.",
+        }
+
+    def _subject(self, baseline: Baseline) -> Subject:
+        return Subject(
+            task=self.task,
+            model=baseline.model,
+            teacher=baseline.teacher,
+            artifact=baseline.artifact,
+            recipe=self.recipe,
+            epoch_seconds=baseline.epoch_seconds,
+            macs=baseline.point.cost.macs,
+            measuring=self.measuring,
+        )
+
+    def _search(self, engine: Engine, study: Study, plan: Plan, findings: Findings) -> None:
+        """Propose and evaluate until the time for it ends or nothing new is found."""
+        end = self.budget - plan.final_seconds - _CLOSING
+        flying: dict[int, Proposal] = {}
+        spent = [entry.seconds for entry in study.entries]
+        exhausted = False
+        while True:
+            usual = statistics.median(spent) if spent else plan.candidate_seconds
+            while len(flying) < engine.workers and not exhausted and self._may_start(study, usual, end):
+                proposal = study.ask()
+                if proposal is None:
+                    exhausted = True
+                    break
+                flying[proposal.number] = proposal
+                engine.submit(
+                    Request(
+                        number=proposal.number,
+                        steps=proposal.steps,
+                        seconds=plan.candidate_seconds,
+                        seed=self.seed + proposal.number,
+                        params=proposal.params,
+                    )
+                )
+            if not flying:
+                return
+            for outcome in engine.wait(_TICK):
+                study.tell(flying.pop(outcome.request.number), outcome, self.elapsed())
+                spent.append(outcome.seconds)
+                self._save_clock()
+                findings.write_interrupted(self.elapsed())
+            self._tell(self._headline(study))
+
+    def _may_start(self, study: Study, usual: float, end: float) -> bool:
+        """Whether another candidate fits into the time; the first few always do, for nothing follows without them."""
+        return self.elapsed() + usual < end or (not study.entries and self.elapsed() < self.budget)
+
+    def _finals(self, engine: Engine, study: Study, plan: Plan, baseline: Baseline) -> list[Outcome]:
+        """Recover the most promising candidates in full, several rounds of them if the time allows."""
+        found = {id(entry.point): entry for entry in study.entries if entry.point is not None}
+        points = [entry.point for entry in study.entries if entry.point is not None]
+        order = ranking(points, baseline.point, self.limits, self.keep)[: _FINALISTS * engine.workers]
+        rounds = -(-len(order) // engine.workers)
+        left = max(self.budget - self.elapsed() - _CLOSING, plan.candidate_seconds)
+        usual = statistics.median([entry.seconds for entry in study.entries]) if study.entries else 0.0
+        overhead = max(0.0, usual - plan.candidate_seconds)
+        seconds = max(left / max(rounds, 1) - overhead, plan.candidate_seconds)
+        waiting = [
+            Request(
+                number=found[id(point)].number,
+                steps=point.steps,
+                seconds=seconds,
+                seed=self.seed + found[id(point)].number,
+                deliver=True,
+            )
+            for point in order
+        ]
+        outcomes: list[Outcome] = []
+        flying = 0
+        total = len(waiting)
+        while waiting or flying:
+            while waiting and flying < engine.workers:
+                engine.submit(waiting.pop(0))
+                flying += 1
+            arrived = engine.wait(_TICK)
+            flying -= len(arrived)
+            outcomes.extend(arrived)
+            self._tell(f"full recovery of the {total} most promising, {len(outcomes)} done")
+        return outcomes
+
+    def _headline(self, study: Study) -> str:
+        assert self._findings is not None
+        base = self._findings.baseline.point
+        points = self._findings.points()
+        text = f"{len(study.entries)} candidates"
+        kept = [point for point in points if point.val >= base.val + self.keep.change]
+        if kept:
+            metric = self.limits[0].metric
+            best = min(ratios(point, base)[metric] for point in kept)
+            text += f", best {metric} with the score kept {best:.2f}x"
+        return text + (f", {study.failed} failed" if study.failed else "")
+
+    def _training(self, fraction: float, what: str) -> None:
+        self._tell(f"baseline: {what}")
+
+    def _tell(self, what: str) -> None:
+        self.progress(min(0.99, self.elapsed() / self.budget), what)
+
+    def _save_clock(self) -> None:
+        self.run.write(_CLOCK, {"elapsed_s": self.elapsed()})

@@ -1,0 +1,158 @@
+"""The search: Optuna proposes, evaluations answer, the log on disk is the truth.
+
+Every finished evaluation is a line of ``evaluations.jsonl``, on disk before anything else happens
+with it. The Optuna study (``study.journal``, for its dashboard and its samplers) is made anew from those lines
+whenever a run resumes, so that a study left torn by a crash can lose nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from netwright.core.rundir import RunDirectory
+from netwright.workshop.evaluation import Outcome
+from netwright.workshop.point import Point, Step, key, ratios
+from netwright.workshop.space import Space
+from netwright.workshop.target import Keep, Limit
+
+__all__ = ["EVALUATIONS", "Entry", "Proposal", "Study"]
+
+EVALUATIONS = "evaluations.jsonl"
+_JOURNAL = "study.journal"
+_POPULATION = 16
+_TRIES = 20  # proposals that only repeat what is known before the space counts as used up
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished evaluation, as its line has it."""
+
+    number: int
+    point: Point | None
+    params: Mapping[str, Any]
+    epochs: float
+    seed: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What to evaluate next."""
+
+    number: int
+    params: dict[str, Any]
+    steps: tuple[Step, ...]
+    trial: optuna.Trial
+
+
+class Study:
+    """Proposes candidates and remembers what became of them.
+
+    Args:
+        run: where the log and the study lie.
+        space: what may be proposed.
+        baseline: the reference of every ratio.
+        limits: the targets; their metrics are minimized beside the score, which is maximized.
+        keep: the floor of the score, a constraint for the sampler.
+        seed: source of the sampler's randomness.
+    """
+
+    def __init__(
+        self, run: RunDirectory, space: Space, baseline: Point, limits: Sequence[Limit], keep: Keep, seed: int
+    ) -> None:
+        self._run, self._space, self._baseline, self._keep = run, space, baseline, keep
+        self._metrics = tuple(limit.metric for limit in limits)
+        lines = run.lines(EVALUATIONS)
+        self.entries = [_entry(line) for line in lines]
+        self.failed = sum(entry.point is None for entry in self.entries)
+        self._next = 1 + max((entry.number for entry in self.entries), default=-1)
+        self._known = {key(space.steps(entry.params)) for entry in self.entries}
+        self._study = self._open(run.path / _JOURNAL, seed + len(lines))
+        self._study.add_trials([self._frozen(line) for line in lines])
+        for params in space.ladder():
+            if key(space.steps(params)) not in self._known:
+                self._study.enqueue_trial(params)
+
+    def ask(self) -> Proposal | None:
+        """The next candidate, one that was not proposed before; None when the sampler finds no other."""
+        for _ in range(_TRIES):
+            trial = self._study.ask(self._space.distributions())
+            steps = self._space.steps(trial.params)
+            if steps and key(steps) not in self._known:
+                self._known.add(key(steps))
+                proposal = Proposal(self._next, dict(trial.params), steps, trial)
+                self._next += 1
+                return proposal
+            self._study.tell(trial, state=TrialState.FAIL)
+        return None
+
+    def tell(self, proposal: Proposal, outcome: Outcome, finished: float) -> Entry:
+        """Record what became of a proposal, durably, then let the sampler know."""
+        line = {
+            "trial": proposal.number,
+            "state": "failed" if outcome.point is None else "ok",
+            "point": None if outcome.point is None else outcome.point.to_dict(),
+            "error": outcome.error,
+            "seconds": outcome.seconds,
+            "finished_s": finished,
+            "params": proposal.params,
+            "epochs": outcome.epochs,
+            "seed": outcome.request.seed,
+        }
+        self._run.append(EVALUATIONS, line)
+        entry = _entry(line)
+        self.entries.append(entry)
+        if entry.point is None:
+            self.failed += 1
+            self._study.tell(proposal.trial, state=TrialState.FAIL)
+        else:
+            proposal.trial.set_user_attr("violation", self._violation(entry.point))
+            self._study.tell(proposal.trial, self._values(entry.point))
+        return entry
+
+    def _open(self, path: Path, seed: int) -> optuna.Study:
+        for stale in (path, path.with_name(path.name + ".lock")):
+            stale.unlink(missing_ok=True)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        sampler = optuna.samplers.NSGAIISampler(
+            population_size=_POPULATION, seed=seed, constraints_func=lambda trial: (trial.user_attrs["violation"],)
+        )
+        return optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(path))),
+            directions=[StudyDirection.MAXIMIZE, *(StudyDirection.MINIMIZE for _ in self._metrics)],
+            sampler=sampler,
+            study_name="netwright",
+        )
+
+    def _frozen(self, line: Mapping[str, Any]) -> FrozenTrial:
+        point = _entry(line).point
+        distributions = {name: self._space.distributions()[name] for name in line["params"]}
+        if point is None:
+            return create_trial(state=TrialState.FAIL, params=dict(line["params"]), distributions=distributions)
+        violation = self._violation(point)
+        return create_trial(
+            values=self._values(point),
+            params=dict(line["params"]),
+            distributions=distributions,
+            user_attrs={"violation": violation},
+            system_attrs={"constraints": (violation,)},
+        )
+
+    def _values(self, point: Point) -> list[float]:
+        shares = ratios(point, self._baseline)
+        return [point.val, *(shares[metric] for metric in self._metrics)]
+
+    def _violation(self, point: Point) -> float:
+        return self._baseline.val + self._keep.change - point.val
+
+
+def _entry(line: Mapping[str, Any]) -> Entry:
+    point = None if line["point"] is None else Point.from_dict(line["point"])
+    return Entry(line["trial"], point, line["params"], line["epochs"], line["seed"], line["seconds"])

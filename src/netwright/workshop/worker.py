@@ -1,0 +1,45 @@
+"""A worker process: reads requests from a socket that it inherited, answers with outcomes.
+
+Started by :class:`netwright.workshop.local.LocalEngine`; not for use by hand.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+
+import cloudpickle
+import torch
+
+from netwright.workshop.evaluation import Evaluator
+
+__all__ = ["serve"]
+
+
+def serve(handle: int) -> None:
+    """Answer requests until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(1)
+    pipe = Connection(handle)
+    try:
+        path, subject = cloudpickle.loads(pipe.recv_bytes())
+        sys.path[:] = path
+        evaluator = Evaluator(cloudpickle.loads(subject))
+        while True:
+            outcome = evaluator(cloudpickle.loads(pipe.recv_bytes()))
+            pipe.send_bytes(cloudpickle.dumps(outcome))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))
