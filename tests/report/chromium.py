@@ -95,6 +95,12 @@ def tooltip_texts(driver: Chrome) -> list[str]:
     return texts
 
 
+def figure_state(driver: Chrome) -> dict[str, Any]:
+    """The front's plot as it stands: points by group, axis labels, ranges, scales, limits, the edge."""
+    state: dict[str, Any] = driver.execute_script(_STATE)
+    return state
+
+
 _FRONT = """
 const figure = Bokeh.documents.map((d) => d.roots()[0]).find((f) => f.name === "front");
 const find = (views) => {
@@ -116,6 +122,26 @@ const row = points.group.flatMap((g, i) => (g === arguments[0] ? [i] : []))[argu
 const box = view.canvas_view.el.getBoundingClientRect();
 const at = [box.x + view.frame.x_scale.compute(points.x[row]), box.y + view.frame.y_scale.compute(points.y[row])];
 return {at, ...Object.fromEntries(Object.entries(points).map(([key, values]) => [key, values[row]]))};
+"""
+)
+
+_STATE = (
+    _FRONT
+    + """
+const groups = {};
+points.group.forEach((group, i) => (groups[group] ??= []).push([points.x[i], points.y[i]]));
+const part = (name) => figure.center.find((one) => one.name === name);
+const edge = figure.renderers.find((r) => r.name === "edge").data_source.data;
+return {
+  points: groups,
+  all: [[...points.x], [...points.y]],
+  labels: [figure.below[0].axis_label, figure.left[0].axis_label],
+  scales: [figure.x_scale.type, figure.y_scale.type],
+  start: [figure.x_range.start, figure.y_range.start],
+  end: [figure.x_range.end, figure.y_range.end],
+  limits: ["x", "y"].map((side) => (part(`limit-${side}`).visible ? part(`limit-${side}`).location : null)),
+  edge: [[...edge.x], [...edge.y]],
+};
 """
 )
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 Status = Literal["met", "not_met", "interrupted"]
 Json = dict[str, Any]
 
-STAGES = ((64, 1, 28), (128, 2, 14), (256, 2, 7))  # channels, blocks, side of the feature map
+STAGES = ((32, 2, 28), (64, 2, 14), (160, 2, 7))  # channels, blocks, side of the feature map
 COST_KEYS = ("latency", "size", "memory", "macs", "parameters")
 TEST_IMAGES = 360
 
@@ -36,14 +36,15 @@ def write_example(
     target = {"latency": "<=0.2x" if status != "not_met" else "<=0.02x"}
     baseline = _point(draw, _widths([1.0, 1.0, 1.0]), int8=False, steps=[])
     records = [_evaluation(draw, trial, baseline, evaluations) for trial in range(evaluations)]
-    front = pareto([record["point"] for record in records if record["point"]])
-    limit = 0.2 * baseline["latency_ms"]["median"]
-    good = [p for p in front if p["score"]["val"] >= baseline["score"]["val"] - 0.01]
-    fast = [p for p in good if p["latency_ms"]["median"] <= limit]
-    best = max(fast, key=lambda p: p["score"]["val"]) if fast else min(good or front, key=_ms, default=None)
+    front = pareto([baseline, *(record["point"] for record in records if record["point"])])
+    better = [p for p in front if p["steps"]]
+    good = [p for p in better if p["score"]["val"] >= baseline["score"]["val"] - 0.012]
+    best = min(good or better, key=share, default=None)
     pick = None if best is None or not chosen else json.loads(json.dumps(best))
     _test_scores(draw, baseline, drop=0.0)
     if pick is not None:
+        pick["score"]["val"] = round(pick["score"]["val"] + 0.006, 4)  # what the full recovery brings
+        front = pareto([*front, pick])
         _test_scores(draw, pick, drop=baseline["score"]["val"] - pick["score"]["val"])
     result = {
         "schema": 1,
@@ -67,8 +68,8 @@ def write_example(
         },
         "baseline": baseline,
         "chosen": pick,
-        "ratios": {key: cost(pick, key) / cost(baseline, key) for key in COST_KEYS} if pick else {},
-        "latency_ratio": _latency_ratio(draw, baseline, pick) if pick else None,
+        "ratios": {key: cost(pick, key) / cost(baseline, key) if pick else 1.0 for key in COST_KEYS},
+        "latency_ratio": pick["latency_ratio"] if pick else None,
         "score_drop": _score_drop(baseline, pick) if pick else None,
         "front": front,
         "hypervolume": 0.81,
@@ -86,8 +87,8 @@ def write_example(
 
 
 def pareto(points: list[Json]) -> list[Json]:
-    """Points that no other point beats in every cost and the score, by comparing all pairs."""
-    rows = [(*(cost(p, key) for key in COST_KEYS), -p["score"]["val"]) for p in points]
+    """Points that no other point beats in both latency and score, by comparing all pairs."""
+    rows = [(share(p), -p["score"]["val"]) for p in points]
     return [
         p
         for p, mine in zip(points, rows, strict=True)
@@ -98,6 +99,11 @@ def pareto(points: list[Json]) -> list[Json]:
 def cost(point: Json, key: str) -> float:
     """A cost of a point in its own unit."""
     return float(_ms(point) if key == "latency" else point.get(f"{key}_bytes", point.get(key)))
+
+
+def share(point: Json) -> float:
+    """Latency of a point over the baseline's."""
+    return float(point["latency_ratio"]["median"]) if point["latency_ratio"] else 1.0
 
 
 def _ms(point: Json) -> float:
@@ -132,8 +138,8 @@ def _point(draw: random.Random, rows: list[Any], *, int8: bool, steps: list[Json
     macs = sum(_weights(row) * row[5] ** 2 for row in rows)
     full = _widths([1.0, 1.0, 1.0])
     lost = 1 - parameters / sum(_weights(row) + row[3] for row in full)
-    median = (0.02 + macs * 3.4e-8 / (3.2 if int8 else 1.0)) * draw.uniform(0.97, 1.05)
-    val = 0.978 - 0.055 * lost**6 - (0.003 if int8 else 0) + (draw.gauss(0, 0.003) if steps else 0)
+    median = (0.02 + macs * 3.4e-8 / (3.0 if int8 else 1.0)) * draw.uniform(0.97, 1.05)
+    val = 0.978 - 0.055 * lost**14 - (0.003 if int8 else 0) + (draw.gauss(-0.004, 0.003) if steps else 0)
     return {
         "steps": steps,
         "score": {"val": round(min(1.0, val), 4), "test": None, "test_ci95": None},
@@ -149,6 +155,7 @@ def _point(draw: random.Random, rows: list[Any], *, int8: bool, steps: list[Json
         "size_bytes": int(parameters * (1.06 if int8 else 4.0) + 9000),
         "macs": macs,
         "parameters": parameters,
+        "latency_ratio": None,
     }
 
 
@@ -163,12 +170,16 @@ def _evaluation(draw: random.Random, trial: int, baseline: Json, count: int) -> 
     keep = [min(1.0, max(0.08, draw.gauss(aim, 0.18))) for _ in STAGES]
     int8 = draw.random() < 0.25 + 0.6 * trial / count
     groups = {f"layer{i + 1}.out": round(1 - k, 3) for i, k in enumerate(keep)}
-    steps: list[Json] = [
-        {"method": "prune_channels", "settings": {"ratios": groups, "saliency": draw.choice(["taylor", "magnitude"])}}
-    ]
+    groups |= {f"layer{i + 1}.{b}.conv1": round(1 - 0.8 * k, 3) for i, k in enumerate(keep) for b in range(2)}
+    saliency = draw.choice(["taylor", "magnitude"])
+    steps: list[Json] = [{"method": "netwright.compress:Prune", "settings": {"ratios": groups, "saliency": saliency}}]
     if int8:
-        steps.append({"method": "quantize_int8", "settings": {"activations": "uint8", "weights": "int8"}})
-    return _record(trial, "ok", _point(draw, _widths(keep), int8=int8, steps=steps), None, seconds, finished)
+        settings = {"activations": "uint8", "weights": "int8"}
+        steps.append({"method": "netwright.compress:QuantizeInt8", "settings": settings})
+    point = _point(draw, _widths(keep), int8=int8, steps=steps)
+    ratio = _ms(point) / _ms(baseline)
+    point["latency_ratio"] = {"median": ratio, "low": 0.97 * ratio, "high": 1.03 * ratio, "noisy": False}
+    return _record(trial, "ok", point, None, seconds, finished)
 
 
 def _record(trial: int, state: str, point: Json | None, error: str | None, seconds: float, finished: float) -> Json:
@@ -192,11 +203,6 @@ def _test_scores(draw: random.Random, point: Json, drop: float) -> None:
 def _score_drop(baseline: Json, pick: Json) -> Json:
     change = pick["score"]["test"] - baseline["score"]["test"]
     return {"test": change, "ci95": [change - 0.009, change + 0.009]}
-
-
-def _latency_ratio(draw: random.Random, baseline: Json, pick: Json) -> Json:
-    ratio = _ms(pick) / _ms(baseline)
-    return {"median": ratio, "low": ratio * 0.97, "high": ratio * 1.03, "noisy": False}
 
 
 def _history(draw: random.Random, epochs: int, loss: float, score: float) -> list[Json]:

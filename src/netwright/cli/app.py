@@ -5,8 +5,8 @@ import sys
 import typer
 from rich.console import Console
 
-from netwright import __version__
 from netwright.core.errors import NetwrightError
+from netwright.version import __version__
 
 __all__ = ["app", "main"]
 

@@ -32,7 +32,7 @@ def doctor_command(as_json: Annotated[bool, typer.Option("--json", help="Print J
 
     Ends with 1 when the self-test fails.
     """
-    found = {
+    found: dict[str, Any] = {
         "machine": machine(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "cuda": torch.cuda.is_available(),

@@ -1,6 +1,7 @@
 """``netwright measure``."""
 
 import json
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -68,7 +69,7 @@ def _table(task: str, costs: dict[str, Cost]) -> Table:
     table.add_column("")
     for name in costs:
         table.add_column(name, justify="right")
-    rows = {
+    rows: dict[str, Callable[[Cost], str]] = {
         "latency, median": lambda cost: f"{cost.latency.median_ms:.4g} ms",
         "p10 to p90": lambda cost: f"{cost.latency.p10_ms:.4g} to {cost.latency.p90_ms:.4g} ms",
         "peak memory": lambda cost: f"{cost.memory_bytes / 1e6:.3g} MB",

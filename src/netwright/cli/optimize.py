@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from netwright.cli.app import app
-from netwright.core.console import ConsoleProgress
-from netwright.report import read_run, summary_table, write_report
-from netwright.workshop import Job, Measuring, dry_run, optimize, parse_budget, parse_keep, parse_targets
+from netwright.face import optimize
+from netwright.report import read_run, summary_table
+from netwright.workshop import Job, Measuring, dry_run, parse_budget, parse_keep, parse_targets
 
 __all__ = ["Engine", "optimize_command"]
 
@@ -48,31 +48,35 @@ def optimize_command(
     Ends with 0 when the target was met, 3 when it was not (the best found is there), 2 for a mistake in
     what was asked, 130 when interrupted.
     """
-    job = Job(
-        task=task,
-        limits=parse_targets(target),
-        keep=parse_keep(keep),
-        budget=parse_budget(budget),
-        out=out or Path("runs") / task.replace(":", "-").replace("/", "-"),
-        seed=seed,
-        engine=engine.value,
-        workers=workers,
-        measuring=Measuring(batch=batch, threads=threads),
-        command=shlex.join(["netwright", *(word for word in sys.argv[1:] if word != "--resume")]),
-    )
+    place = out or Path("runs") / task.replace(":", "-").replace("/", "-")
     console = Console()
     if dry:
+        limits, floor = parse_targets(target), parse_keep(keep)
+        job = Job(
+            task, limits, floor, parse_budget(budget), place, seed, engine.value, workers, Measuring(batch, threads)
+        )
         for line in dry_run(job):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended politely, it leaves a valid result too
-    with ConsoleProgress(f"optimize {job.name}") as progress:
-        result = optimize(job, resume=resume, progress=progress.update)
+    result = optimize(
+        task,
+        target,
+        keep=keep,
+        budget=budget,
+        out=place,
+        resume=resume,
+        engine=engine.value,
+        workers=workers,
+        seed=seed,
+        batch=batch,
+        threads=threads,
+        command=shlex.join(["netwright", *(word for word in sys.argv[1:] if word != "--resume")]),
+    )
     if result["status"] == "interrupted":
-        console.print(result["explanation"], markup=False)
+        console.print(result["explanation"], markup=False, soft_wrap=True)
         raise typer.Exit(130)
-    report = write_report(job.out)
-    console.print(summary_table(result, read_run(job.out).settings.score))
+    console.print(summary_table(result, read_run(place).settings.score))
     console.print(result["explanation"], markup=False, soft_wrap=True)
-    console.print(f"Report: {report}", markup=False, soft_wrap=True)
+    console.print(f"Report: {place / 'report.html'}", markup=False, soft_wrap=True)
     raise typer.Exit(0 if result["status"] == "met" else 3)

@@ -6,15 +6,14 @@ with ``weights_only=True``: nothing is unpickled, and a file that was cut short 
 
 import hashlib
 import io
-import os
 import pickle
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from netwright.core.errors import CorruptRunError, RunDirectoryError
+from netwright.core.rundir import atomic_write
 
 __all__ = ["load_checkpoint", "require_same", "save_checkpoint"]
 
@@ -25,7 +24,7 @@ _DIGEST = hashlib.sha256().digest_size
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` so that at every moment ``path`` holds the old file or the new one.
 
-    The bytes go to a temporary file beside it, are flushed to the disk and renamed. Memory: the state twice.
+    Memory: the state twice.
 
     Args:
         path: where; its folder must exist.
@@ -37,24 +36,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
-    temporary: str | None = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(_MAGIC + hashlib.sha256(payload).digest())
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise RunDirectoryError(
-            f"The checkpoint {path} cannot be written: {error.strerror or error}. "
-            "Free some space, or take another place."
-        ) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(_MAGIC + hashlib.sha256(payload).digest())
+        file.write(payload)
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

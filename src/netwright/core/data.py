@@ -126,7 +126,7 @@ def batches(
     stop = size - size % batch_size if drop_last and size >= batch_size else size
     for start in range(0, stop, batch_size):
         index = order[start : min(start + batch_size, stop)]
-        if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        if type(dataset) is TensorDataset and len(dataset.tensors) == 2:  # a subclass may change its items
             batch: Batch = (dataset.tensors[0][index], dataset.tensors[1][index])
         else:
             batch = stack([dataset[int(i)] for i in index])

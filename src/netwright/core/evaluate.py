@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from netwright.core.data import Dataset, Inputs, batches
 from netwright.core.errors import TaskError
+from netwright.core.outputs import concatenate, count_elements, shapes_of, take_items, to_cpu
 from netwright.core.task import Task
 
 __all__ = ["Model", "device_of", "evaluate", "paired_interval", "predict", "score_interval", "score_outputs", "settled"]
@@ -55,7 +56,7 @@ def predict(
     for output, target in _results(model, task, split, batch_size, device):
         parts.append(output)
         targets.append(target)
-    return _concatenate(parts, task.name), torch.cat(targets)
+    return concatenate(parts, task.name), torch.cat(targets)
 
 
 def evaluate(
@@ -108,7 +109,7 @@ def score_outputs(task: Task, outputs: Any, targets: Tensor) -> float:
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise TaskError(
             f"Task {task.name!r}: score(outputs, targets) raised {type(error).__name__} on outputs of shape "
-            f"{_shapes(outputs)} and targets of shape {tuple(targets.shape)}: {error}"
+            f"{shapes_of(outputs)} and targets of shape {tuple(targets.shape)}: {error}"
         ) from error
 
 
@@ -143,7 +144,7 @@ def score_interval(
         >>> low <= score_outputs(task, outputs, targets) <= high
         True
     """
-    draws = _draws(len(targets), _bounded(resamples, _elements(outputs)), seed)
+    draws = _draws(len(targets), _bounded(resamples, count_elements(outputs)), seed)
     return _percentiles([_try_score(task, outputs, targets, index) for index in draws], level, task)
 
 
@@ -177,7 +178,7 @@ def paired_interval(
     Raises:
         TaskError: a score that is undefined on more than half of the draws.
     """
-    elements = _elements(outputs_a) + _elements(outputs_b)
+    elements = count_elements(outputs_a) + count_elements(outputs_b)
     draws = _draws(len(targets), _bounded(resamples, elements), seed)
     differences = [
         _try_score(task, outputs_b, targets, index) - _try_score(task, outputs_a, targets, index) for index in draws
@@ -205,7 +206,7 @@ def _results(
     place = device if device is not None else device_of(model)
     with settled(model):
         for inputs, targets in batches(_dataset(task, split), batch_size, device=place):
-            yield _to_cpu(task.read(_apply(model, inputs)), task.name), targets.cpu()
+            yield to_cpu(task.read(_apply(model, inputs)), task.name), targets.cpu()
 
 
 def _apply(model: Model, inputs: Inputs) -> Any:
@@ -225,55 +226,6 @@ def device_of(model: Model) -> torch.device:
     """Where a module's tensors are; the CPU for anything without tensors."""
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     return tensors[0].device if tensors else torch.device("cpu")
-
-
-def _to_cpu(output: Any, name: str) -> Any:
-    if isinstance(output, Tensor):
-        output = output.detach().cpu()
-        return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
-    if isinstance(output, dict):
-        return {key: _to_cpu(value, name) for key, value in output.items()}
-    if isinstance(output, tuple | list):
-        return tuple(_to_cpu(value, name) for value in output)
-    raise TaskError(
-        f"Task {name!r}: the model returned a {type(output).__name__} where tensors are needed. "
-        "Give Task(output=...) a function that reads the tensor from it."
-    )
-
-
-def _concatenate(parts: list[Any], name: str) -> Any:
-    first = parts[0]
-    if isinstance(first, dict):
-        return {key: _concatenate([part[key] for part in parts], name) for key in first}
-    if isinstance(first, tuple):
-        return tuple(_concatenate([part[i] for part in parts], name) for i in range(len(first)))
-    try:
-        return torch.cat(parts)
-    except RuntimeError as error:
-        raise TaskError(
-            f"Task {name!r}: the outputs of different batches cannot be concatenated ({error}). The first axis must "
-            "be the batch; give Task(output=...) to read such a tensor."
-        ) from error
-
-
-def _take(outputs: Any, index: Tensor) -> Any:
-    if isinstance(outputs, dict):
-        return {key: _take(value, index) for key, value in outputs.items()}
-    if isinstance(outputs, tuple):
-        return tuple(_take(value, index) for value in outputs)
-    return outputs[index]
-
-
-def _elements(outputs: Any) -> int:
-    if isinstance(outputs, dict):
-        return sum(map(_elements, outputs.values()))
-    return sum(map(_elements, outputs)) if isinstance(outputs, tuple) else int(outputs.numel())
-
-
-def _shapes(outputs: Any) -> Any:
-    if isinstance(outputs, dict):
-        return {key: _shapes(value) for key, value in outputs.items()}
-    return tuple(map(_shapes, outputs)) if isinstance(outputs, tuple) else tuple(outputs.shape)
 
 
 def _is_metric(score: Any) -> bool:
@@ -307,7 +259,7 @@ def _draws(size: int, count: int, seed: int) -> Iterator[Tensor]:
 
 def _try_score(task: Task, outputs: Any, targets: Tensor, index: Tensor) -> float:
     try:
-        return score_outputs(task, _take(outputs, index), targets[index])
+        return score_outputs(task, take_items(outputs, index), targets[index])
     except TaskError:  # a draw with one class only, say: left out of the percentiles
         return math.nan
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from netwright.core.average import MovingAverage
 from netwright.core.checkpoint import load_checkpoint, require_same, save_checkpoint
-from netwright.core.errors import NonFiniteLossError, TaskError
+from netwright.core.errors import NonFiniteLossError, RunDirectoryError, TaskError
 from netwright.core.evaluate import evaluate
 from netwright.core.losses import task_loss, teacher_loss
 from netwright.core.optimization import make_optimizer, make_schedule
@@ -109,6 +109,8 @@ class Loop:
 
     def run(self, checkpoint: Path | None, checkpoint_seconds: float) -> FitResult:
         """Resume where there is something to resume from, and iterate to the end."""
+        if checkpoint is not None and not checkpoint.parent.is_dir():
+            raise RunDirectoryError(f"There is no folder {checkpoint.parent} for the checkpoint. Make it first.")
         if checkpoint is not None and checkpoint.exists():
             self._resume(checkpoint)
         saved, saved_step = time.monotonic(), self.step
@@ -192,7 +194,8 @@ class Loop:
         if self.progress and (now - self.said > 0.1 or self.step == self.total):
             self.said = now
             loss = self.losses[-1] if self.losses else self.history[-1].train_loss
-            text = f"epoch {self.step / self.per_epoch:.1f}/{self.recipe.epochs:g}  loss {loss:.4f}"
+            digits = 1 if self.recipe.epochs > 2 else 2
+            text = f"epoch {self.step / self.per_epoch:.{digits}f}/{self.recipe.epochs:g}  loss {loss:.4f}"
             text += "" if self.score is None else f"  score {self.score:.4f}"
             for tell in self.progress:
                 tell(self.step / self.total, text)
@@ -220,13 +223,14 @@ class Loop:
         }
 
     def _state(self) -> dict[str, Any]:
+        within = self.step % self.per_epoch > 0  # else the next epoch starts where the generator now stands
         return {
             "identity": self._identity(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "epoch_start": self.epoch_start,
+            "epoch_start": self.epoch_start if within else self.generator.get_state(),
             "random": save_states(self.device),
             "step": self.step,
             "losses": list(self.losses),

@@ -83,14 +83,15 @@ def teacher_loss(student: Any, teacher: Any, targets: Tensor, temperature: float
     if ours is None or theirs is None:
         return functional.mse_loss(student, teacher)
     if len(ours[0]) == 0:
-        return student.sum() * 0
+        nothing: Tensor = student.sum() * 0
+        return nothing
     divergence = functional.kl_div(
         functional.log_softmax(ours[0] / temperature, 1),
         functional.log_softmax(theirs[0] / temperature, 1),
         reduction="batchmean",
         log_target=True,
     )
-    return divergence.mul(temperature**2)
+    return divergence * temperature**2
 
 
 def _kind(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import logging
 import os
 import tempfile
@@ -12,11 +13,11 @@ from typing import Any
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from netwright.core import onnx_quantized
+from netwright.core import fake_quantize, onnx_quantized
 from netwright.core.data import Inputs
 from netwright.core.errors import ArtifactError
 from netwright.core.graph.export import export_model
@@ -24,7 +25,7 @@ from netwright.core.graph.export import export_model
 __all__ = ["OUTPUTS_KEY", "atomic_write", "export_onnx", "input_names", "output_names"]
 
 OUTPUTS_KEY = "outputs"
-"""Metadata key of a file whose outputs form a tuple or a dict: its value is ``"tuple"`` or ``"dict"``."""
+"""Metadata key of a file that returns a tuple (its value is ``"tuple"``) or a dict (its keys as a JSON list)."""
 
 _LIMIT = 2**31 - 2**20  # a protobuf message holds less than 2 GiB
 
@@ -63,7 +64,9 @@ def export_onnx(model: nn.Module | ExportedProgram, inputs: Inputs, path: str | 
     """
     program = model if isinstance(model, ExportedProgram) else export_model(model, inputs)
     proto = _convert(program)
+    onnx_quantized.spatial_means_to_pools(proto)
     onnx_quantized.store_integers(proto)
+    onnx_quantized.drop_unused(proto.graph)
     _name_interface(proto, input_names(program), output_names(program))
     _strip(proto)
     size = proto.ByteSize()
@@ -103,14 +106,16 @@ def input_names(program: ExportedProgram) -> list[str]:
 
 
 def output_names(program: ExportedProgram) -> tuple[list[str], str]:
-    """Names of the tensors that a traced model returns, and their form: "tensor", "tuple" or "dict"."""
+    """Names of the tensors that a traced model returns, and their form: "tensor", "tuple", or a dict's keys as JSON."""
     count = len(program.graph_signature.user_outputs)
     spec = program.call_spec.out_spec
     if spec is None or spec.is_leaf():
         return ["output"], "tensor"
     sample = pytree.tree_unflatten(list(range(count)), spec)
     if isinstance(sample, Mapping) and all(isinstance(value, int) for value in sample.values()):
-        return [str(key) for key in sample], "dict"
+        keys = [str(key) for key in sample]
+        taken = set(input_names(program))
+        return [f"{key}_out" if key in taken else key for key in keys], json.dumps(keys)
     return [f"output_{position}" for position in range(count)], "tuple"
 
 
@@ -123,27 +128,36 @@ def _convert(program: ExportedProgram) -> Any:
                 verbose=False,
                 optimize=True,
                 external_data=False,
-                custom_translation_table=onnx_quantized.translations(),
+                custom_translation_table=fake_quantize.translations(),
             )
+            assert converted is not None
+            return converted.model_proto
     except Exception as error:  # the exporter raises dozens of types; whichever it is, the user needs its reason
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ArtifactError(f"The model cannot be written as ONNX: {reason[:400]}") from error
-    assert converted is not None
-    return converted.model_proto
+        raise ArtifactError(f"The model cannot be written as ONNX: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error at the root, which names the operation that has no counterpart."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    return f"{type(error).__name__}: {line[:400]}"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Nothing printed, logged or warned by the exporter."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _name_interface(proto: Any, inputs: list[str], outputs: tuple[list[str], str]) -> None:
@@ -163,7 +177,6 @@ def _name_interface(proto: Any, inputs: list[str], outputs: tuple[list[str], str
 
 def _rename(graph: Any, inputs: dict[str, str], outputs: list[str]) -> None:
     """Short names for everything inside, the given ones for what a caller sees."""
-    inputs = {old: new if new not in outputs else f"{new}_in" for old, new in inputs.items()}
     taken = {"", *inputs.values(), *outputs}
     counter = iter(range(10**9))
 
@@ -196,7 +209,7 @@ def _apply(graph: Any, names: dict[str, str], fresh: Callable[[], str]) -> None:
             for position, name in enumerate(field):
                 field[position] = short(name)
         for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+            for inner in _graphs(attribute):
                 _apply(inner, names, fresh)
                 for value in inner.output:
                     value.name = short(value.name)
@@ -206,11 +219,12 @@ def _strip(proto: Any) -> None:
     """Drop what no runtime reads."""
     proto.ClearField("doc_string")
     proto.producer_name, proto.producer_version = "", ""
-    _strip_graph(proto.graph)
+    version = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    _strip_graph(proto.graph, version)
     proto.graph.name = "netwright"
 
 
-def _strip_graph(graph: Any) -> None:
+def _strip_graph(graph: Any, version: int) -> None:
     for field in ("value_info", "metadata_props", "doc_string", "quantization_annotation"):
         graph.ClearField(field)
     for item in (*graph.node, *graph.initializer, *graph.input, *graph.output):
@@ -218,12 +232,30 @@ def _strip_graph(graph: Any) -> None:
         item.ClearField("metadata_props")
     for node in graph.node:
         node.ClearField("name")
+        _strip_defaults(node, version)
         for attribute in node.attribute:
             attribute.ClearField("doc_string")
-            if attribute.HasField("g"):
-                _strip_graph(attribute.g)
-            for inner in attribute.graphs:
-                _strip_graph(inner)
+            for inner in _graphs(attribute):
+                _strip_graph(inner, version)
+
+
+def _strip_defaults(node: Any, version: int) -> None:
+    """Drop attributes that say what their absence says."""
+    known = onnx.defs.get_schema(node.op_type, version, node.domain).attributes
+    kept = [item for item in node.attribute if not _is_default(item, known[item.name].default_value)]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+
+
+def _is_default(attribute: Any, default: Any) -> bool:
+    if default.type == onnx.AttributeProto.UNDEFINED or attribute.type != default.type:
+        return False
+    return bool(onnx.helper.get_attribute_value(attribute) == onnx.helper.get_attribute_value(default))
+
+
+def _graphs(attribute: Any) -> list[Any]:
+    """The sub-graphs in an attribute, as of ``If`` and ``Loop``."""
+    return [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
 
 
 def _short(number: int) -> str:
@@ -238,7 +270,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _tensors(inputs: Inputs) -> list[Tensor]:
-    return [value for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor)]

@@ -1,5 +1,6 @@
 """An ONNX file that is called like the model it came from."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,8 @@ class OnnxModule(nn.Module):
         self.path = Path(path)
         self.threads = threads
         self.session = open_session(self.path, self.threads)
-        self._names = [entry.name for entry in self.session.get_outputs()]
         self._form = self.session.get_modelmeta().custom_metadata_map.get(OUTPUTS_KEY, "")
+        self._keys = json.loads(self._form) if self._form.startswith("[") else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns: a tensor, a tuple of tensors, or a dict of tensors."""
@@ -112,8 +113,8 @@ class OnnxModule(nn.Module):
         device = next((value.device for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor)), None)
         arrays = self.session.run(None, feed(self.session, inputs))
         outputs = [torch.from_numpy(np.asarray(array)).to(device) for array in arrays]
-        if self._form == "dict":
-            return dict(zip(self._names, outputs, strict=True))
+        if self._keys is not None:
+            return dict(zip(self._keys, outputs, strict=True))
         return tuple(outputs) if self._form == "tuple" or len(outputs) > 1 else outputs[0]
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -39,7 +39,7 @@ class Latency:
     repeats: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data as ``result.json`` has it: ``median``, ``p10``, ``p90``, ``batch``, ``threads``, ``runtime``."""
+        """Plain data as ``result.json`` has it: every field, without its unit."""
         return {
             "median": self.median_ms,
             "p10": self.p10_ms,
@@ -47,6 +47,7 @@ class Latency:
             "batch": self.batch,
             "threads": self.threads,
             "runtime": self.runtime,
+            "repeats": self.repeats,
         }
 
 
@@ -85,8 +86,8 @@ def time_call(call: Callable[[], object], *, seconds: float = 0.5, repeats: int 
     """
     warm_up(call, limit_s=seconds)
     times: list[int] = []
-    stop = time.perf_counter_ns() + int(seconds * 1e9)
-    with no_garbage_collection():
+    with no_garbage_collection():  # which collects first: the clock starts when that is done
+        stop = time.perf_counter_ns() + int(seconds * 1e9)
         while len(times) < (repeats or 5) or (repeats is None and time.perf_counter_ns() < stop):
             times.append(_timed(call))
     return times

@@ -21,7 +21,7 @@ _WORDS: dict[Cost, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class CostChange:
-    """A cost of the chosen network over the baseline's, with its interval where one was measured."""
+    """A cost of the chosen network over the baseline's, with its spread where it was measured."""
 
     cost: Cost
     ratio: float
@@ -65,13 +65,11 @@ def cost_change(result: Result, cost: Cost) -> CostChange | None:
     """How a cost changed; for latency the interleaved ratio where there is one, never two figures of two moments."""
     if result.chosen is None:
         return None
-    if cost == "latency" and result.latency_ratio is not None:
-        paired = result.latency_ratio
+    paired = result.latency_ratio or result.chosen.latency_ratio
+    if cost == "latency" and paired is not None:
         return CostChange(cost, paired.median, (paired.low, paired.high), paired.noisy)
-    before = result.baseline.cost(cost)
-    if cost not in result.ratios and before <= 0:
-        return None
-    return CostChange(cost, result.ratios.get(cost, result.chosen.cost(cost) / before), None, False)
+    share = result.ratios.get(cost)
+    return CostChange(cost, result.chosen.share(cost, result.baseline) if share is None else share, None, False)
 
 
 def compare(result: Result, style: ScoreStyle) -> tuple[Row, ...]:

@@ -135,14 +135,14 @@ def moment(iso: str) -> str:
 
 
 def pretty_limit(limit: str) -> str:
-    """A target or floor with proper signs.
+    """A target or floor with proper signs, and a space that no line break can take.
 
     Example:
-        >>> pretty_limit("<=0.2x"), pretty_limit(">=-0.01")
-        ('≤ 0.2×', '≥ −0.01')
+        >>> print(pretty_limit("<=0.2x"), pretty_limit(">=-0.01"))
+        ≤ 0.2× ≥ −0.01
     """
     shown = re.sub(r"(?<=[0-9.])x$", TIMES, limit.strip())
-    return shown.replace("<=", "≤ ").replace(">=", "≥ ").replace("-", MINUS)
+    return shown.replace("<=", "≤\u00a0").replace(">=", "≥\u00a0").replace("-", MINUS)
 
 
 @dataclass(frozen=True)
@@ -216,20 +216,30 @@ def plain_steps(steps: tuple[Step, ...], most: int | None = 4) -> str:
 
 
 def _step(step: Step, most: int | None) -> str:
-    name = re.split(r"[:.]", step.method)[-1] or step.method
-    leaves = _leaves(step.settings)
+    name = re.split(r"[:.]", step.method)[-1] if re.fullmatch(r"[\w.]+:\w+", step.method) else step.method
+    leaves = _leaves(step.settings, most is not None)
     shown = leaves if most is None or len(leaves) <= most else [*leaves[:most], f"… {len(leaves) - most} more"]
     return f"{name}({', '.join(shown)})" if shown else name
 
 
-def _leaves(settings: Mapping[str, object]) -> list[str]:
+def _leaves(settings: Mapping[str, object], brief: bool) -> list[str]:
     leaves: list[str] = []
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            leaves.extend(_leaves(value))
+            leaves.extend([_range(key, value)] if brief and _is_long(value) else _leaves(value, brief))
         elif value is not None:
             leaves.append(f"{key} {_setting(value)}")
     return leaves
+
+
+def _is_long(values: Mapping[str, object]) -> bool:
+    return len(values) > 3 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values.values())
+
+
+def _range(key: str, values: Mapping[str, object]) -> str:
+    """Many figures under one name, such as a pruning ratio for every group, as their range."""
+    figures = [float(value) for value in values.values() if isinstance(value, int | float)]
+    return f"{key} {min(figures):.3g} to {max(figures):.3g} in {len(figures)} groups"
 
 
 def _setting(value: object) -> str:

@@ -20,13 +20,13 @@ class Share:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer: its name and kind, and what is left of its outputs, MACs and parameters."""
+    """One layer: its name and kind, and what is left of its outputs, MACs (None where it has none) and parameters."""
 
     layer: str
     kind: str
     removed: bool
     units: Share
-    macs: Share
+    macs: Share | None
     parameters: Share
     precision: str
 
@@ -39,8 +39,8 @@ def layer_rows(layers: Sequence[Layer]) -> list[LayerRow]:
 
     Example:
         >>> row = layer_rows([Layer("conv1", "Conv2d", (64, 3, 3, 3), (16, 3, 3, 3), 4000, 1000, 1728, 432, "int8")])[0]
-        >>> row.units, row.macs.percent
-        (Share(percent=25.0, before='64', after='16'), 25.0)
+        >>> row.units, row.macs
+        (Share(percent=25.0, before='64', after='16'), Share(percent=25.0, before='4000', after='1000'))
     """
     return [
         LayerRow(
@@ -48,7 +48,7 @@ def layer_rows(layers: Sequence[Layer]) -> list[LayerRow]:
             kind=layer.kind,
             removed=layer.chosen_shape is None,
             units=_share(_units(layer.baseline_shape), _units(layer.chosen_shape)),
-            macs=_share(layer.baseline_macs, layer.chosen_macs),
+            macs=_share(layer.baseline_macs, layer.chosen_macs) if layer.baseline_macs else None,
             parameters=_share(layer.baseline_parameters, layer.chosen_parameters),
             precision=layer.precision,
         )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from netwright.report.run import COSTS, Cost, Point
 
-__all__ = ["main_cost", "score_floor", "target_limit"]
+__all__ = ["main_cost", "score_change", "score_floor", "target_limit"]
 
 _UNITS: Mapping[str, float] = {
     "": 1.0,
@@ -43,6 +43,12 @@ def target_limit(cost: Cost, wanted: str, baseline: Point | None) -> float | Non
     return value * _UNITS[unit] if unit in _UNITS else None
 
 
+def score_change(keep: Mapping[str, str]) -> float | None:
+    """The change of the score that is still accepted, such as -0.01; None where nothing was said."""
+    match = _LIMIT.fullmatch(keep.get("score", ""))
+    return None if match is None else float(match.group(2) + match.group(3))
+
+
 def score_floor(keep: Mapping[str, str], baseline: Point | None) -> float | None:
     """The lowest validation score that is kept: the baseline's plus the change that ``keep`` allows.
 
@@ -50,11 +56,8 @@ def score_floor(keep: Mapping[str, str], baseline: Point | None) -> float | None
         keep: the ``keep`` object of ``result.json``, such as ``{"score": ">=-0.01"}``.
         baseline: what the change is relative to.
     """
-    match = _LIMIT.fullmatch(keep.get("score", ""))
-    if match is None or baseline is None:
-        return None
-    _, sign, number, _ = match.groups()
-    return baseline.score.val + float(f"{sign}{number}")
+    change = score_change(keep)
+    return None if change is None or baseline is None else baseline.score.val + change
 
 
 def main_cost(target: Mapping[str, str]) -> Cost:

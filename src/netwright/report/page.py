@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import cache
 
 from bokeh.embed import json_item
@@ -11,7 +11,8 @@ from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from netwright.report.compare import compare, cost_change
+from netwright.report.compare import compare
+from netwright.report.curves import curve_plot, progress_plot, volume_plot
 from netwright.report.format import (
     COST_NAMES,
     ScoreStyle,
@@ -22,33 +23,29 @@ from netwright.report.format import (
     pretty_limit,
     quantity,
 )
+from netwright.report.front_plot import axes, default_axis, front_plot
 from netwright.report.layers import layer_rows
 from netwright.report.limits import main_cost, target_limit
-from netwright.report.plots import area_plot, axes, curve_plot, front_plot, progress_plot
 from netwright.report.progress import follow
 from netwright.report.run import COSTS, Point, Run
+from netwright.report.tiles import tiles
 from netwright.report.words import GLOSSARY, STATUS_WORDS, headline, subline
 
 __all__ = ["render"]
 
+_PLACES = ("front", "loss", "score", "progress", "volume")
+
 _MACHINE: Mapping[str, str] = {
     "cpu": "Processor",
+    "os": "System",
+    "python": "Python",
+    "isa": "Instruction sets",
+    "memory_bytes": "Memory",
     "cores": "Cores",
     "threads": "Threads used",
     "torch": "PyTorch",
     "onnxruntime": "ONNX Runtime",
 }
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A key figure: a large value, what it is, and a line below."""
-
-    value: str
-    label: str
-    detail: str
-    verdict: str
-    unit: str = ""
 
 
 def render(run: Run) -> str:
@@ -62,6 +59,7 @@ def render(run: Run) -> str:
     """
     style = ScoreStyle(run.settings.score)
     plots = _plots(run, style)
+    menu = axes(run, style)
     result = run.result
     return str(
         _environment()
@@ -73,22 +71,25 @@ def render(run: Run) -> str:
             status_words=STATUS_WORDS[result.status if result else "unfinished"],
             headline=headline(run),
             subline=subline(run),
-            tiles=_tiles(run, style),
+            tiles=tiles(run, style),
             rows=compare(result, style) if result else (),
             front=_front_rows(run, style),
             costs=[COST_NAMES[cost] for cost in COSTS],
             layers=layer_rows(run.layers),
-            chosen_steps=plain_steps(result.chosen.steps, None) if result and result.chosen else "",
+            chosen_steps=plain_steps(result.chosen.steps) if result and result.chosen else "",
+            all_settings=json.dumps([asdict(step) for step in result.chosen.steps], indent=2, ensure_ascii=False)
+            if result and result.chosen
+            else "",
             created=moment(run.settings.created),
             failures=_failures(run),
             facts=_facts(run),
             glossary=GLOSSARY,
             score_title=style.title,
-            across=main_cost(run.settings.target),
-            axes=axes(run, style),
-            plots=plots,
+            across=default_axis(run, menu),
+            axes=menu,
+            plots={name: name in plots for name in _PLACES},
             bokeh=_library() if plots else Markup(""),
-            data=_embedded({"plots": plots, "axes": axes(run, style)}),
+            data=_embedded({"plots": plots, "axes": menu}),
         )
     )
 
@@ -107,29 +108,8 @@ def _plots(run: Run, style: ScoreStyle) -> dict[str, object]:
         limit = target_limit(progress.cost, wanted, run.baseline) if wanted else None
         base = run.baseline.cost(progress.cost)
         figures["progress"] = progress_plot(progress, None if limit is None else limit / base)
-        figures["area"] = area_plot(progress)
+        figures["volume"] = volume_plot(progress)
     return {name: json_item(plot) for name, plot in figures.items() if plot is not None}
-
-
-def _tiles(run: Run, style: ScoreStyle) -> list[Tile]:
-    result = run.result
-    if result is None or result.chosen is None:
-        base = run.baseline
-        costs = [] if base is None else [(COST_NAMES[cost], quantity(cost, base.cost(cost))) for cost in COSTS]
-        return [Tile(shown, name, "baseline", "same") for name, shown in costs]
-    score = compare(result, style)[0]
-    value, _, unit = (score.change or "=").partition(" ")
-    tiles = [Tile(value, score.name, f"{score.baseline} → {score.chosen}", score.verdict, unit)]
-    for cost in COSTS:
-        change = cost_change(result, cost)
-        before, after = result.baseline.cost(cost), result.chosen.cost(cost)
-        detail = f"{quantity(cost, before)} → {quantity(cost, after)}"
-        if change is None or change.verdict == "same":
-            tiles.append(Tile("=", COST_NAMES[cost], detail, "same"))
-        else:
-            value, _, words = change.words.partition(" ")
-            tiles.append(Tile(value, words, detail, change.verdict))
-    return tiles
 
 
 def _front_rows(run: Run, style: ScoreStyle) -> list[dict[str, object]]:
@@ -141,7 +121,7 @@ def _front_rows(run: Run, style: ScoreStyle) -> list[dict[str, object]]:
 
 def _front_row(point: Point, style: ScoreStyle) -> dict[str, object]:
     return {
-        "steps": plain_steps(point.steps, None) if point.steps else "baseline",
+        "steps": plain_steps(point.steps, 8) if point.steps else "baseline",
         "score": style.value(point.score.val),
         "costs": [quantity(cost, point.cost(cost)) for cost in COSTS],
     }
@@ -161,19 +141,24 @@ def _facts(run: Run) -> dict[str, Mapping[str, str]]:
     settings, result = run.settings, run.result
     names = {
         "cpu": "Processor",
+        "os": "System",
+        "python": "Python",
+        "isa": "Instruction sets",
+        "memory_bytes": "Memory",
         "cores": "Cores",
         "threads": "Threads used",
         "torch": "PyTorch",
         "onnxruntime": "ONNX Runtime",
     }
-    machine = {names.get(key, key): str(value) for key, value in (result.machine if result else {}).items()}
+    found = result.machine if result else {}
+    machine = {_MACHINE.get(key, key): _shown(key, value) for key, value in found.items()}
     chosen = {
         "Task": settings.task,
         "Target": _limits(settings.target) or "none",
         "Keep": _limits(settings.keep) or "anything",
         "Budget": "none" if settings.budget_s is None else duration(settings.budget_s),
         "Seed": str(settings.seed),
-        "Engine": f"{settings.engine}, {settings.workers} worker{'' if settings.workers == 1 else 's'}",
+        "Engine": f"{settings.engine}, {_workers(settings.workers)}",
         "Netwright": settings.netwright,
         "Begun": moment(settings.created),
     }
@@ -182,6 +167,18 @@ def _facts(run: Run) -> dict[str, Mapping[str, str]]:
         if result.hypervolume is not None:
             chosen["Hypervolume"] = compact(result.hypervolume)
     return {"Machine": machine, "Settings": {key: value for key, value in chosen.items() if value}}
+
+
+def _shown(key: str, value: object) -> str:
+    """A fact about the machine; bytes get a unit, lists commas."""
+    if key.endswith("_bytes") and isinstance(value, int):
+        return quantity("memory", value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _workers(count: int) -> str:
+    """How many evaluations side by side; 0 stands for one on each core."""
+    return "one worker on each core" if count == 0 else f"{count} worker{'' if count == 1 else 's'}"
 
 
 def _limits(limits: Mapping[str, str]) -> str:

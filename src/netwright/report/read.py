@@ -184,6 +184,7 @@ def _point(fields: Fields) -> Point:
         size_bytes=fields.integer("size_bytes"),
         macs=fields.integer("macs"),
         parameters=fields.integer("parameters"),
+        latency_ratio=_latency_ratio(fields.inner("latency_ratio")) if fields.has("latency_ratio") else None,
     )
 
 

@@ -79,8 +79,8 @@
       if (mx === my) return { x: [], y: [] };
       const turn = (metric, value) => (data.axes[metric].up ? -value : value);
       const rows = points.data.group
-        .map((group, i) => [group, points.data[mx][i], points.data[my][i]])
-        .filter(([group]) => group === "front")
+        .map((group, i) => [points.data.stands[i] || group === "chosen", points.data[mx][i], points.data[my][i]])
+        .filter(([stands]) => stands)
         .sort((a, b) => turn(mx, a[1]) - turn(mx, b[1]) || turn(my, a[2]) - turn(my, b[2]));
       const kept = [];
       for (const row of rows) {
@@ -92,7 +92,16 @@
     const setLimit = (side) => {
       const { limit, limit_label: label } = data.axes[pick[side].value];
       part(`limit-${side}`).setv({ visible: limit !== null, location: limit });
-      part(`label-${side}`).setv({ visible: limit !== null, text: label, [side]: limit === null ? 0 : limit });
+      const { start, end } = front[`${side}_range`];
+      const scaled = front[`${side}_scale`].type === "LogScale" ? Math.log : (value) => value;
+      const late = side === "x" && limit !== null && scaled(limit) - scaled(start) > 0.6 * (scaled(end) - scaled(start));
+      part(`label-${side}`).setv({
+        visible: limit !== null,
+        text: label,
+        [side]: limit === null ? 0 : limit,
+        text_align: late ? "right" : "left",
+        x_offset: side === "y" ? 0 : late ? -5 : 5,
+      });
     };
 
     const draw = () => {

@@ -58,6 +58,16 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class LatencyRatio:
+    """Latency over the baseline's, measured in turns: median, 10th and 90th percentile of the rounds."""
+
+    median: float
+    low: float
+    high: float
+    noisy: bool
+
+
+@dataclass(frozen=True)
 class Point:
     """One network: how it was made, its scores and its measured costs."""
 
@@ -68,6 +78,16 @@ class Point:
     size_bytes: int
     macs: int
     parameters: int
+    latency_ratio: LatencyRatio | None = None
+
+    def share(self, name: Cost, baseline: "Point") -> float:
+        """A cost as a share of the baseline's; latency as it was measured in turns with it, where it was."""
+        if self == baseline:
+            return 1.0
+        if name == "latency" and self.latency_ratio is not None:
+            return self.latency_ratio.median
+        before = baseline.cost(name)
+        return self.cost(name) / before if before else 1.0
 
     def cost(self, name: Cost) -> float:
         """A cost by its name, in milliseconds, bytes or counts."""
@@ -79,16 +99,6 @@ class Point:
             "parameters": float(self.parameters),
         }
         return costs[name]
-
-
-@dataclass(frozen=True)
-class LatencyRatio:
-    """Latency of the chosen network over that of the baseline, measured interleaved, with its 95% interval."""
-
-    median: float
-    low: float
-    high: float
-    noisy: bool
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
 """The report's sentences: the headline, the line below it, and the glossary."""
 
+from dataclasses import replace
+
 from netwright.report.compare import cost_change
 from netwright.report.format import ScoreStyle, duration, pretty_limit
-from netwright.report.limits import main_cost
-from netwright.report.run import COSTS, Cost, Result, Run
+from netwright.report.limits import main_cost, score_floor
+from netwright.report.run import COSTS, Cost, Point, Result, Run
 
-__all__ = ["GLOSSARY", "STATUS_WORDS", "headline", "subline", "wanted"]
+__all__ = ["GLOSSARY", "STATUS_WORDS", "best_so_far", "headline", "subline", "wanted"]
 
 STATUS_WORDS = {
     "met": "Target met",
     "not_met": "Target not met",
-    "interrupted": "Interrupted",
+    "interrupted": "Not finished",
     "unfinished": "Not finished",
 }
 """The four ways in which a run can stand."""
@@ -27,8 +29,10 @@ def headline(run: Run) -> str:
     if result is None:
         count = len(run.evaluations)
         return f"{task}: not finished, {count} candidate{'' if count == 1 else 's'} evaluated so far"
+    opening = {"met": "", "not_met": "target not met; ", "interrupted": "not finished; "}[result.status]
+    if result.status == "interrupted" and result.chosen is None:
+        result = replace(result, chosen=best_so_far(run), ratios={}, latency_ratio=None, score_drop=None)
     gains = _gains(result)
-    opening = {"met": "", "not_met": "target not met; ", "interrupted": "interrupted; "}[result.status]
     if result.chosen is None or not result.chosen.steps or not gains:
         return f"{task}: {opening}nothing better than the baseline was found"
     best = {"met": "", "not_met": "the best found is ", "interrupted": "the best so far is "}[result.status]
@@ -36,6 +40,20 @@ def headline(run: Run) -> str:
     losses = [change.words for change in changes if change and change.verdict == "worse"]
     but = f", but {' and '.join(losses)}," if losses else ""
     return f"{task}: {opening}{best}{' and '.join(gains)}{but} {_score_words(result, ScoreStyle(run.settings.score))}"
+
+
+def best_so_far(run: Run) -> Point | None:
+    """The measured candidate with the smallest targeted cost among those that keep the score; None without one.
+
+    What a run that has not finished can say for itself: nothing was chosen yet, and the test set not read.
+    """
+    baseline = run.baseline
+    if baseline is None:
+        return None
+    floor = score_floor(run.settings.keep, baseline)
+    kept = [point for point in run.points if floor is None or point.score.val >= floor]
+    cost = main_cost(run.settings.target)
+    return min(kept, key=lambda point: point.share(cost, baseline), default=None)
 
 
 def subline(run: Run) -> str:

@@ -34,7 +34,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(b, c, h, w)`` to images of the same shape."""
         inner = self.first_norm(self.first(x)).relu()
-        return (x + self.second_norm(self.second(inner))).relu()
+        return torch.relu(x + self.second_norm(self.second(inner)))
 
 
 class AttentionBlock(nn.Module):
@@ -56,7 +56,8 @@ class AttentionBlock(nn.Module):
         )
         mixed = functional.scaled_dot_product_attention(query, key, value)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(functional.gelu(self.up(self.second_norm(x))))
+        changed: Tensor = self.down(functional.gelu(self.up(self.second_norm(x))))
+        return x + changed
 
 
 class Transformer(nn.Module):

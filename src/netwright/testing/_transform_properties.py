@@ -31,9 +31,12 @@ class Case:
     """One transform on one task."""
 
     def __init__(self, make: Callable[[], Transform], task: Task, seed: int, onnx_tolerance: float) -> None:
-        assert isinstance(task.model, nn.Module)
+        expect(
+            isinstance(task.model, nn.Module) and task.loss is not None,
+            f"Task {task.name!r} needs a trained module as its model, and a loss.",
+        )
         self.make, self.task, self.seed, self.onnx_tolerance = make, task, seed, onnx_tolerance
-        self._model = copy.deepcopy(task.model).eval()
+        self._model = copy.deepcopy(task.build()).eval()
 
     def model(self) -> nn.Module:
         """A fresh copy of the task's model, in eval mode."""
@@ -61,10 +64,11 @@ class Case:
 def _settings(case: Case) -> None:
     transform = case.make()
     expect(isinstance(transform, Transform), "it cannot be called as a transform.")
-    for step in transform.steps if isinstance(transform, Chain) else (transform,):
+    steps: tuple[Any, ...] = tuple(transform.steps) if isinstance(transform, Chain) else (transform,)
+    for step in steps:
         name = type(step).__name__
         expect(dataclasses.is_dataclass(step) and not isinstance(step, type), f"{name} is not a dataclass.")
-        settings: dict[str, Any] = dataclasses.asdict(step)  # type: ignore[call-overload]
+        settings: dict[str, Any] = dataclasses.asdict(step)
         for field in settings:
             try:
                 setattr(step, field, settings[field])
@@ -181,8 +185,8 @@ def _copies(case: Case) -> None:
 
 def _trains(case: Case) -> None:
     model = case.model()
-    given = _facts(model)["weights or buffers"]
     result = case.apply(model).train()
+    given = _facts(model)["weights or buffers"]
     before = [param.detach().clone() for param in result.parameters()]
     expect(any(param.requires_grad for param in result.parameters()), "the result has no trainable parameter.")
     assert case.task.loss is not None

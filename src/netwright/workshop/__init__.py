@@ -3,7 +3,7 @@
 from netwright.workshop.dry import dry_run
 from netwright.workshop.engine import Engine
 from netwright.workshop.evaluation import Measuring
-from netwright.workshop.optimize import Job, optimize
+from netwright.workshop.job import Job, run_job
 from netwright.workshop.point import Point, Step
 from netwright.workshop.target import Keep, Limit, parse_budget, parse_keep, parse_targets
 
@@ -16,8 +16,8 @@ __all__ = [
     "Point",
     "Step",
     "dry_run",
-    "optimize",
     "parse_budget",
     "parse_keep",
     "parse_targets",
+    "run_job",
 ]

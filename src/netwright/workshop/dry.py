@@ -2,7 +2,7 @@
 
 from netwright.core.graph.macs import count_parameters, total_macs
 from netwright.core.recipe import Recipe
-from netwright.workshop.optimize import Job, prepare
+from netwright.workshop.job import Job, prepare
 from netwright.workshop.plan import default_workers, prunable
 from netwright.workshop.space import Space
 

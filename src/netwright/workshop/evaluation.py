@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from netwright.core.artifact import load_weights, save_weights
 from netwright.core.cost import Cost, Ratio, compare_onnx, measure_onnx
 from netwright.core.errors import NetwrightError
 from netwright.core.evaluate import evaluate
@@ -30,7 +31,7 @@ from netwright.core.task import Task
 from netwright.workshop.point import Point, Step
 from netwright.workshop.quiet import QuietRoom
 
-__all__ = ["Evaluator", "Measuring", "Outcome", "Request", "Subject"]
+__all__ = ["Evaluator", "Measuring", "Outcome", "Request", "Subject", "is_low_precision", "rebuild", "structure"]
 
 _QUANTIZED_SHARE = 0.3  # of the recovery is spent after a step that simulates low precision
 _QUANTIZED_RATE = 0.25  # and at this share of the learning rate
@@ -64,7 +65,7 @@ class Request:
         seed: source of its randomness.
         params: the proposal in the sampler's own terms.
         epochs: epochs of recovery; None to have them follow from ``seconds``.
-        deliver: whether the model itself comes back.
+        deliver: whether the trained weights come back.
     """
 
     number: int
@@ -98,7 +99,7 @@ class Outcome:
     epochs: float = 0.0
     artifact: bytes = b""
     history: tuple[Record, ...] = ()
-    model: nn.Module | None = None
+    weights: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,11 @@ class Evaluator:
         cost, ratio = self._measure(path, program)
         artifact = path.read_bytes()
         path.unlink()
+        weights = b""
+        if request.deliver:
+            kept = path.with_suffix(".safetensors")
+            save_weights(model, kept)
+            weights = kept.read_bytes()
         return Outcome(
             request,
             Point(request.steps, val, cost, ratio),
@@ -185,7 +191,7 @@ class Evaluator:
             epochs,
             artifact,
             history,
-            model if request.deliver else None,
+            weights,
         )
 
     def _train(
@@ -193,17 +199,13 @@ class Evaluator:
     ) -> tuple[nn.Module, float, tuple[Record, ...]]:
         """Apply the steps, with recovery after the structural ones and again after those of low precision."""
         subject = self._subject
-        transforms = [step.build() for step in request.steps]
-        structural = [step for step in transforms if not is_low_precision(step)]
-        quantizing = [step for step in transforms if is_low_precision(step)]
-        model = subject.model
-        for step in structural:
-            model = step(model, subject.task, seed=request.seed)
-            progress(0.0, "pruned")
+        quantizing = [step for step in map(Step.build, request.steps) if is_low_precision(step)]
+        model = structure(subject.model, subject.task, request.steps, request.seed)
+        progress(0.0, "pruned")
         epochs = request.epochs if request.epochs is not None else self._epochs(model, request.seconds)
         share = _QUANTIZED_SHARE if quantizing else 0.0
         records: tuple[Record, ...] = ()
-        if structural:
+        if len(quantizing) < len(request.steps):
             model, records = self._recover(model, epochs * (1 - share), 1.0, request.seed, progress)
         for step in quantizing:
             model = step(model, subject.task, seed=request.seed)
@@ -240,6 +242,33 @@ class Evaluator:
                 path, self._baseline, example, batch=how.batch, threads=how.threads, seconds=how.seconds
             )
         return cost, ratio
+
+
+def structure(model: nn.Module, task: Task, steps: Sequence[Step], seed: int) -> nn.Module:
+    """``model`` after those of the steps that change which units there are, before any recovery."""
+    for transform in [step.build() for step in steps]:
+        if not is_low_precision(transform):
+            model = transform(model, task, seed=seed)
+    return model
+
+
+def rebuild(model: nn.Module, task: Task, outcome: Outcome, folder: Path) -> nn.Module:
+    """The candidate of a delivered outcome: its steps applied to the baseline anew, then its weights read.
+
+    Nothing but tensors and plain data has to travel between processes, or machines, for that.
+    """
+    request = outcome.request
+    found = structure(model, task, request.steps, request.seed)
+    for transform in [step.build() for step in request.steps]:
+        if is_low_precision(transform):
+            found = transform(found, task, seed=request.seed)
+    if found is model:
+        found = copy.deepcopy(model)
+    place = folder / ".delivered.safetensors"
+    place.write_bytes(outcome.weights)
+    load_weights(found, place)
+    place.unlink()
+    return found.eval()
 
 
 def is_low_precision(step: object) -> bool:

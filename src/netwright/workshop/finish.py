@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from netwright import __version__
 from netwright.core.artifact import save_program, save_weights
 from netwright.core.cost import Ratio, compare_onnx
 from netwright.core.evaluate import evaluate, paired_interval, predict, score_interval, score_outputs
@@ -16,9 +15,10 @@ from netwright.core.onnx_module import OnnxModule
 from netwright.core.recipe import Recipe
 from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
+from netwright.version import __version__
 from netwright.workshop.baseline import Baseline, plain
 from netwright.workshop.choice import excess, front_of, front_volume, ranking, shortfall
-from netwright.workshop.evaluation import Measuring, Outcome, is_low_precision
+from netwright.workshop.evaluation import Measuring, Outcome, is_low_precision, rebuild, structure
 from netwright.workshop.layers import layer_table
 from netwright.workshop.point import Point, ratios
 from netwright.workshop.quiet import QuietRoom
@@ -228,7 +228,7 @@ def _write_artifacts(findings: Findings, chosen: Outcome | None, recipe: Recipe)
     """model.onnx, model.pt2, model.safetensors, recipe.json, history.json and layers.json."""
     run, base = findings.run, findings.baseline
     example = findings.task.example(2)
-    model = base.model if chosen is None or chosen.model is None else chosen.model
+    model = base.model if chosen is None else rebuild(base.model, findings.task, chosen, run.path)
     artifact = base.artifact if chosen is None else chosen.artifact
     run.save("model.onnx", lambda path: path.write_bytes(artifact))
     run.save("model.pt2", lambda path: save_program(model, example, path))
@@ -248,10 +248,6 @@ def _write_artifacts(findings: Findings, chosen: Outcome | None, recipe: Recipe)
     )
     history = [] if chosen is None else [plain(record) for record in chosen.history]
     run.write("history.json", {"baseline": list(base.history), "chosen": history})
-    structure = base.model
-    transforms = [step.build() for step in steps]
-    for transform in transforms:
-        if chosen is not None and not is_low_precision(transform):
-            structure = transform(structure, findings.task, seed=chosen.request.seed)
-    precision = "int8" if any(is_low_precision(transform) for transform in transforms) else None
-    run.write("layers.json", layer_table(base.model, structure, example, precision))
+    before = base.model if chosen is None else structure(base.model, findings.task, steps, chosen.request.seed)
+    precision = "int8" if any(is_low_precision(step.build()) for step in steps) else None
+    run.write("layers.json", layer_table(base.model, before, example, precision))

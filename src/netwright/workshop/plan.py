@@ -1,16 +1,17 @@
 """The plan of a run: what may be done to this network on this machine, and how the time is shared out."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from netwright.compress import Int8, fastest_int8
-from netwright.core.errors import NothingToPruneError, TransformError
+from netwright.compress import fastest_int8
+from netwright.core.errors import ArtifactError, NothingToPruneError, TraceError, TransformError
 from netwright.core.graph import Graph
 from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.workshop.baseline import Baseline
+from netwright.workshop.evaluation import Measuring
 from netwright.workshop.quiet import QuietRoom
 from netwright.workshop.space import Space
 
@@ -32,7 +33,7 @@ class Plan:
         started: second of the run at which the search began.
         candidate_seconds: training time of one candidate.
         final_seconds: time kept for full recovery.
-        int8_table: latency ratio of every pair of operand types that was tried, by name.
+        int8_table: what was measured of every pair of operand types.
     """
 
     space: Space
@@ -40,7 +41,7 @@ class Plan:
     started: float
     candidate_seconds: float
     final_seconds: float
-    int8_table: Mapping[str, Any]
+    int8_table: Sequence[Mapping[str, Any]]
 
 
 def default_workers() -> int:
@@ -54,7 +55,14 @@ def prunable(graph: Graph) -> tuple[tuple[str, int], ...]:
 
 
 def make_plan(
-    run: RunDirectory, task: Task, baseline: Baseline, graph: Graph, workers: int | None, budget: float, elapsed: float
+    run: RunDirectory,
+    task: Task,
+    baseline: Baseline,
+    graph: Graph,
+    workers: int | None,
+    budget: float,
+    elapsed: float,
+    measuring: Measuring,
 ) -> Plan:
     """Choose the operand types by measurement and share out the time; or read the plan that ``run`` has.
 
@@ -63,7 +71,7 @@ def make_plan(
     """
     groups = prunable(graph)
     if not run.has(_RECORD):
-        settings, table = _int8(task, baseline)
+        settings, table = _int8(task, baseline, measuring)
         if not groups and settings is None:
             raise NothingToPruneError(_nothing(graph))
         left = max(budget - elapsed, 0.0)
@@ -92,15 +100,14 @@ def make_plan(
     )
 
 
-def _int8(task: Task, baseline: Baseline) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Settings of the fastest sound quantization of the baseline, None where it gains nothing."""
+def _int8(task: Task, baseline: Baseline, measuring: Measuring) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Settings of the fastest sound pair of operand types, None where there is none; and what was measured."""
     try:
         with QuietRoom().measure():
-            found = fastest_int8(baseline.model, task)
-    except TransformError as error:
-        return None, {"error": str(error)}
-    table = {"choices": [asdict(choice) for choice in found.choices]}
-    return (asdict(found.settings) if isinstance(found.settings, Int8) else None), table
+            found = fastest_int8(baseline.model, task, batch=measuring.batch, threads=measuring.threads)
+    except (TransformError, TraceError, ArtifactError):
+        return None, []
+    return asdict(found.settings), [asdict(row) for row in found.table]
 
 
 def _nothing(graph: Graph) -> str:

@@ -70,7 +70,16 @@ class Point:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Point":
         """The point that :meth:`to_dict` wrote."""
-        latency = Latency(**data["latency_ms"])
+        times = data["latency_ms"]
+        latency = Latency(
+            times["median"],
+            times["p10"],
+            times["p90"],
+            times["batch"],
+            times["threads"],
+            times["runtime"],
+            times["repeats"],
+        )
         score, ratio = data["score"], data.get("latency_ratio")
         interval = score["test_ci95"]
         return cls(

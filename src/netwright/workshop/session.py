@@ -75,7 +75,9 @@ class Session:
         """All phases; the content of ``result.json``."""
         baseline = make_baseline(self.run, self.task, self.recipe, self.seed, self.measuring, self._training)
         self._tell("choosing the operand types by measurement")
-        plan = make_plan(self.run, self.task, baseline, self.graph, self.workers, self.budget, self.elapsed())
+        plan = make_plan(
+            self.run, self.task, baseline, self.graph, self.workers, self.budget, self.elapsed(), self.measuring
+        )
         study = Study(self.run, plan.space, baseline.point, self.limits, self.keep, self.seed)
         self._findings = Findings(self.run, self.task, self.name, self.limits, self.keep, self.seed, baseline, study)
         engine = make_engine(self.engine, self._subject(baseline), plan.workers)

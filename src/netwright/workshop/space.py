@@ -13,6 +13,7 @@ __all__ = ["Space"]
 
 _LADDER = (0.25, 0.125, 0.5, 0.0625, 0.18, 0.35, 0.09, 1.0)
 _SPREAD = 1.0
+_BOTH_FORMS = 4  # rungs of the ladder that are tried with and without int8
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,16 @@ class Space:
 
     def ladder(self) -> Sequence[dict[str, Any]]:
         """Proposals to begin with: the whole network, uniformly thinner and thinner, from the middle outwards."""
-        quantized = {} if self.int8 is None else {"int8": True}
+        forms = [{}] if self.int8 is None else [{"int8": True}, {"int8": False}]
         if not self.groups:
-            return [quantized]
+            return forms[:1]
         neutral = {"saliency": "magnitude", **{f"offset/{name}": 0.0 for name, _ in self.groups}}
         rungs = [share for share in _LADDER if share >= self.least]
-        found: list[dict[str, Any]] = [{"keep": share, **neutral, **quantized} for share in rungs]
-        if self.int8 is not None:
-            found.append({"keep": 0.25, **neutral, "int8": False})
-        return found
+        return [
+            {"keep": share, **neutral, **form}
+            for number, share in enumerate(rungs)
+            for form in forms[: 2 if number < _BOTH_FORMS else 1]
+        ]
 
     def size(self) -> float:
         """Base-10 logarithm of the number of different proposals, ratios counted in whole units."""

@@ -32,7 +32,7 @@ def task() -> Task:
         recipe=Recipe(
             epochs=20,
             batch_size=32,
-            optimizer_settings={"lr": 2e-3, "weight_decay": 0.05},
+            optimizer_settings={"lr": 2e-3, "fused": True, "weight_decay": 0.05},
             schedule_settings={"max_lr": 2e-3},
         ),
         description="Malignant or benign from 30 measurements of cell nuclei; the score is accuracy.",

@@ -28,7 +28,9 @@ def task() -> Task:
         data=data(),
         loss=functional.cross_entropy,
         score=accuracy,
-        recipe=Recipe(epochs=8, batch_size=64, optimizer_settings={"lr": 2e-3}, schedule_settings={"max_lr": 2e-3}),
+        recipe=Recipe(
+            epochs=8, batch_size=64, optimizer_settings={"lr": 2e-3, "fused": True}, schedule_settings={"max_lr": 2e-3}
+        ),
         description="Handwritten digits of 8x8 pixels in ten classes; the score is accuracy.",
     )
 

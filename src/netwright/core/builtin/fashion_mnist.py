@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import os
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,12 +24,13 @@ from torch.utils.data import TensorDataset
 
 from netwright.core.builtin.networks import ResNet
 from netwright.core.data import Data
-from netwright.core.errors import DataError, MissingDataError
+from netwright.core.errors import DataError, MissingDataError, NetwrightError
 from netwright.core.recipe import Recipe
+from netwright.core.rundir import atomic_write
 from netwright.core.score import accuracy
 from netwright.core.task import Task
 
-__all__ = ["data", "download", "folders", "model", "task"]
+__all__ = ["checksum", "data", "download", "folders", "model", "task"]
 
 SOURCE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 
@@ -43,6 +43,8 @@ FILES = {
 }
 
 _COMMAND = "python -m netwright.core.builtin.fashion_mnist --download"
+
+PREFIXES = ("/usr/share", "/usr/local/share", "/opt/homebrew/share", "/home/linuxbrew/.linuxbrew/share")
 
 Opener: TypeAlias = Callable[[str], IO[bytes]]
 
@@ -60,7 +62,12 @@ def task() -> Task:
         data=data(),
         loss=functional.cross_entropy,
         score=accuracy,
-        recipe=Recipe(epochs=1.5, batch_size=128, optimizer_settings={"lr": 3e-3}, schedule_settings={"max_lr": 3e-3}),
+        recipe=Recipe(
+            epochs=1,
+            batch_size=128,
+            optimizer_settings={"lr": 3e-3, "fused": True},
+            schedule_settings={"max_lr": 3e-3},
+        ),
         description="Clothes of 28x28 pixels in ten classes; the score is accuracy.",
     )
 
@@ -105,8 +112,7 @@ def folders(environment: Mapping[str, str] | None = None, platform: str = sys.pl
     known = os.environ if environment is None else environment
     named = known.get("NETWRIGHT_DATA")
     own = (Path(named) / "fashion-mnist", Path(named)) if named else ()
-    prefixes = ("/usr/share", "/usr/local/share", "/opt/homebrew/share", "/home/linuxbrew/.linuxbrew/share")
-    system = (Path(prefix) / "datasets" / "fashion-mnist" for prefix in prefixes)
+    system = (Path(prefix) / "datasets" / "fashion-mnist" for prefix in PREFIXES)
     if platform == "darwin":
         cache = Path.home() / "Library" / "Caches"
     else:
@@ -114,7 +120,7 @@ def folders(environment: Mapping[str, str] | None = None, platform: str = sys.pl
     return (*own, *system, cache / "netwright" / "fashion-mnist")
 
 
-def download(folder: Path | None = None, *, source: str = SOURCE, opener: Opener = urllib.request.urlopen) -> Path:
+def download(folder: Path | None = None, *, source: str | None = None, opener: Opener = urllib.request.urlopen) -> Path:
     """Fetch the four files (31 MB) over the network; only ever called when the user asks for it.
 
     Each file is checked before it takes its name, so that a broken download leaves nothing behind. Files that are
@@ -122,7 +128,7 @@ def download(folder: Path | None = None, *, source: str = SOURCE, opener: Opener
 
     Args:
         folder: where to put them; None is the user's cache.
-        source: address of the folder that holds them.
+        source: address of the folder that holds them; None is the data's own site.
         opener: opens an address for reading.
 
     Returns:
@@ -131,13 +137,17 @@ def download(folder: Path | None = None, *, source: str = SOURCE, opener: Opener
     Raises:
         MissingDataError: an address that cannot be read.
         DataError: a file that is not what it should be.
+        RunDirectoryError: a full disk.
     """
     place = folders()[-1] if folder is None else folder
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MissingDataError(f"{place} cannot be made: {error.strerror or error}. Name another folder.") from error
     for name in FILES:
         if (place / name).is_file() and _matches((place / name).read_bytes(), name):
             continue
-        address = f"{source.rstrip('/')}/{name}"
+        address = f"{(source or SOURCE).rstrip('/')}/{name}"
         try:
             with opener(address) as response:
                 content = response.read()
@@ -145,10 +155,14 @@ def download(folder: Path | None = None, *, source: str = SOURCE, opener: Opener
             raise MissingDataError(f"{address} cannot be read: {error}. Is there a network?") from error
         if not _matches(content, name):
             raise DataError(f"{address} is not the expected file: its checksum differs. Nothing was kept of it.")
-        with tempfile.NamedTemporaryFile(dir=place, prefix=f".{name}.", delete=False) as file:
-            file.write(content)
-        os.replace(file.name, place / name)
+        with atomic_write(place / name) as temporary:
+            temporary.write_bytes(content)
     return place
+
+
+def checksum(content: bytes) -> str:
+    """The SHA-256 of an unpacked file, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         place = download(chosen.folder) if chosen.download else _find()
-    except DataError as error:
+    except NetwrightError as error:
         Console(stderr=True).print(str(error), markup=False)
         return 2
     console.print(f"Fashion-MNIST is in {place}", markup=False)
@@ -192,7 +206,7 @@ def _idx(path: Path, axes: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint
     except OSError as error:
         raise MissingDataError(f"{path} cannot be read: {error.strerror or error}.") from error
     content = _unpack(packed)
-    if content is None or hashlib.sha256(content).hexdigest() != FILES[path.name]:
+    if content is None or checksum(content) != FILES[path.name]:
         raise DataError(f"{path} is damaged: its checksum differs. Fetch it again with {_COMMAND}.")
     shape = np.frombuffer(content, dtype=">u4", count=axes, offset=4).astype(int)
     return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
@@ -200,7 +214,7 @@ def _idx(path: Path, axes: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint
 
 def _matches(packed: bytes, name: str) -> bool:
     content = _unpack(packed)
-    return content is not None and hashlib.sha256(content).hexdigest() == FILES[name]
+    return content is not None and checksum(content) == FILES[name]
 
 
 def _unpack(packed: bytes) -> bytes | None:

@@ -45,7 +45,7 @@ class ResNet(nn.Module):
 
     Example:
         >>> sum(p.numel() for p in ResNet(1, 64, 10).parameters())
-        1228362
+        1226442
         >>> ResNet(1, 8, 10)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """

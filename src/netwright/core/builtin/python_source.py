@@ -57,7 +57,7 @@ def task() -> Task:
         recipe=Recipe(
             epochs=3,
             batch_size=16,
-            optimizer_settings={"lr": 2e-3, "weight_decay": 0.01},
+            optimizer_settings={"lr": 2e-3, "fused": True, "weight_decay": 0.01},
             schedule_settings={"max_lr": 2e-3},
             clip_norm=1.0,
         ),

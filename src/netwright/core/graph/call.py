@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -11,13 +10,13 @@ from netwright.core.graph.axes import Axis, Factor, IntArray, Value, extent, siz
 from netwright.core.graph.constraints import Constraints, Producer
 from netwright.core.graph.probe import zero_image
 
-__all__ = ["Answer", "Call", "Rule", "Unprovable"]
+__all__ = ["Answer", "Call", "Rule", "UnprovableError"]
 
-Answer: TypeAlias = "Value | list[Value]"
-Rule: TypeAlias = "Callable[[Call], Answer]"
+Answer: TypeAlias = Value | list[Value]
+Rule: TypeAlias = Callable[["Call"], Answer]
 
 
-class Unprovable(Exception):
+class UnprovableError(Exception):
     """Raised by a rule that cannot vouch for this call; its dimensions then stay as they are.
 
     Args:
@@ -54,6 +53,16 @@ class Call:
     def tensors(self) -> list[Value]:
         """All tensor arguments in order, those in lists included."""
         return list(_values(list(self.arguments.values())))
+
+    @property
+    def name(self) -> str:
+        """The operation without its namespace and overload: "conv2d"."""
+        return str(schema.name).partition("::")[2] if (schema := self.schema) else self.operation
+
+    @property
+    def schema(self) -> Any:
+        """The operation's schema, None where it is a plain function."""
+        return getattr(self.node.target, "_schema", None)
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -99,11 +108,11 @@ class Call:
         """One atom for each entry of ``axis``.
 
         Raises:
-            Unprovable: the axis depends on the batch.
+            UnprovableError: the axis depends on the batch.
         """
         atoms = self.constraints.flat(axis, self.operation)
         if atoms is None:
-            raise Unprovable("a dimension of it depends on the batch size")
+            raise UnprovableError("a dimension of it depends on the batch size")
         return atoms
 
     def axis(self, atoms: IntArray) -> Axis:
@@ -181,8 +190,3 @@ def _values(argument: Any) -> Iterator[Value]:
     elif isinstance(argument, list | tuple):
         for item in argument:
             yield from _values(item)
-
-
-def concatenated(parts: Sequence[IntArray]) -> IntArray:
-    """Several flat axes one behind the other."""
-    return np.concatenate(list(parts)) if parts else np.empty(0, dtype=np.int64)

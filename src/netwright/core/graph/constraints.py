@@ -113,7 +113,7 @@ class Constraints:
         self.ties.append((flat_a, flat_b))
 
     def split(self, factor: Factor, first: int, operation: str) -> tuple[Factor, Factor]:
-        """A static factor of size ``first * rest`` as the product of two; the same answer whenever it is asked again."""
+        """A static factor of size ``first * rest`` as the product of two; asked again, it gives the same."""
         key = (id(factor), first)
         if key not in self._splits:
             assert factor.atoms is not None

@@ -28,7 +28,8 @@ def count_macs(program: ExportedProgram, batch: int = 1) -> dict[str, int]:
 
     Returns:
         Dotted module path (``""`` for the model itself) to a positive count, in the order of the graph. A module used
-        twice holds the sum of its uses.
+        twice holds the sum of its uses. In a model that is itself a traced graph, an operation belongs to the
+        module that owns its weight.
 
     Example:
         >>> from netwright.core.graph.export import export_model
@@ -39,13 +40,14 @@ def count_macs(program: ExportedProgram, batch: int = 1) -> dict[str, int]:
     Cost: linear in the number of operations; nothing is run.
     """
     counts: dict[str, int] = defaultdict(int)
+    owners = {name: path.rpartition(".")[0] for name, path in program.graph_signature.inputs_to_parameters.items()}
     for module in program.graph_module.modules():
         if not isinstance(module, fx.GraphModule):
             continue
         for node in module.graph.nodes:
             rule = _RULES.get(_packet(node))
             if rule is not None and (macs := rule(node, batch)):
-                counts[_module_path(node)] += macs
+                counts[_module_path(node) or _owner(node, owners)] += macs
     return dict(counts)
 
 
@@ -77,6 +79,16 @@ def _packet(node: fx.Node) -> Any:
 def _module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def _owner(node: fx.Node, owners: dict[str, str]) -> str:
+    """The module that owns the first parameter that ``node`` reads, directly or rounded."""
+    for source in node.all_input_nodes:
+        while source.name not in owners and "fake_quantize" in source.name:
+            source = source.all_input_nodes[0]
+        if source.name in owners:
+            return owners[source.name]
+    return ""
 
 
 def _shape(value: Any, batch: int) -> Shape:

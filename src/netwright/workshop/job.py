@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from netwright import __version__
 from netwright.core.check import check_task
 from netwright.core.errors import RunDirectoryError
 from netwright.core.graph import Graph, trace
@@ -13,12 +12,13 @@ from netwright.core.recipe import Recipe
 from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task, load_task
 from netwright.core.transform import Progress
+from netwright.version import __version__
 from netwright.workshop.evaluation import Measuring
 from netwright.workshop.finish import RESULT
 from netwright.workshop.session import Session
 from netwright.workshop.target import Keep, Limit
 
-__all__ = ["Job", "optimize", "prepare"]
+__all__ = ["Job", "prepare", "run_job"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def prepare(job: Job) -> tuple[Task, Graph]:
     return task, trace(task.build(job.seed), task.example(2))
 
 
-def optimize(job: Job, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+def run_job(job: Job, *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Make a network better: search, measure, choose, hand back.
 
     The baseline is trained (or taken as it came) and measured; its graph gives the space of steps; the

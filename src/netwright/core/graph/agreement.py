@@ -1,0 +1,114 @@
+"""Whether two modules compute the same function, asked with examples."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from netwright.core.data import Inputs
+from netwright.core.graph.export import arguments
+
+__all__ = ["batch_of", "difference", "example", "inference", "outputs"]
+
+
+@contextmanager
+def inference(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and without the key-value cache of Transformers models; undone afterwards."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    configs = {id(config): config for module in modes for config in [getattr(module, "config", None)]}
+    cached: list[Any] = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    try:
+        for config in cached:
+            config.use_cache = False
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for config in cached:
+            config.use_cache = True
+        for module, training in modes.items():
+            module.training = training
+
+
+def example(inputs: Inputs) -> Inputs:
+    """At most two items of a batch, where all its tensors agree on what the batch is."""
+    lengths = {tensor.shape[0] for tensor in _leaves(inputs) if tensor.ndim}
+    if len(lengths) != 1:
+        return inputs
+    first: Inputs = _map(inputs, lambda tensor: tensor[:2].clone() if tensor.ndim else tensor)
+    return first
+
+
+def batch_of(inputs: Inputs, count: int) -> Inputs:
+    """``count`` items, taken from ``inputs`` in turn."""
+    taken: Inputs = _map(inputs, lambda t: t[torch.arange(count, device=t.device) % t.shape[0]] if t.ndim else t)
+    return taken
+
+
+def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """All tensors that the model returns, in evaluation mode."""
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    args, kwargs = arguments(_map(inputs, lambda tensor: tensor.to(device)))
+    with inference(model):
+        return list(_leaves(model(*args, **kwargs)))
+
+
+def difference(a: nn.Module, b: nn.Module, inputs: Inputs, tolerance: float) -> str:
+    """Why two modules do not compute the same on batches of two and three; "" if they do.
+
+    Args:
+        a: the reference.
+        b: the module in question.
+        inputs: an example batch.
+        tolerance: how far outputs may differ, relative to the largest output where that is above one; at least 64
+            rounding errors of their type.
+    """
+    for count in (2, 3):
+        batch = batch_of(inputs, count)
+        try:
+            expected, found = outputs(a, batch), outputs(b, batch)
+        except Exception as error:  # whatever a user's forward raises on a smaller model is the answer
+            return f"{type(error).__name__}: {error}"
+        if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
+            return "its outputs have other shapes"
+        for left, right in zip(expected, found, strict=True):
+            distance = _error(left, right)
+            rounding = torch.finfo(left.dtype).eps if left.is_floating_point() else 0.0
+            if not distance <= max(tolerance, 64 * rounding):
+                return f"its outputs differ by {distance:.1e}"
+    return ""
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest entry of ``a`` where that is above one; inf where b is not."""
+    a, b = a.double(), b.double()
+    finite = torch.isfinite(a)
+    if not a.numel() or not finite.any():
+        return 0.0
+    if not torch.isfinite(b[finite]).all():
+        return float("inf")
+    return float((a - b)[finite].abs().max() / a[finite].abs().max().clamp(min=1))
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _map(item, change) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_map(item, change) for item in value)
+    return value
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _leaves(item)

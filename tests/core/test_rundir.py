@@ -1,0 +1,162 @@
+"""Run directories: atomic, locked, mended after a crash."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from netwright.core.errors import CorruptRunError, RunDirectoryError, RunLockedError
+from netwright.core.rundir import RunDirectory, atomic_write, read_json, read_lines, write_json
+
+
+def test_settings_and_logs_come_back(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run").create({"task": "digits"}) as run:
+        run.append("log.jsonl", {"trial": 0})
+        run.append("log.jsonl", {"trial": 1})
+    with RunDirectory(tmp_path / "run").open() as again:
+        assert again.settings == {"task": "digits"}
+        assert again.lines("log.jsonl") == [{"trial": 0}, {"trial": 1}]
+
+
+@given(cut=st.integers(0, 200))
+@settings(max_examples=40, deadline=None)
+def test_a_log_cut_anywhere_keeps_every_whole_line(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    with RunDirectory(folder).create({}) as run:
+        for number in range(8):
+            run.append("log.jsonl", {"trial": number, "text": "é" * number})
+    whole = (folder / "log.jsonl").read_bytes()
+    (folder / "log.jsonl").write_bytes(whole[:cut])
+    kept = whole[:cut].count(b"\n")
+    with RunDirectory(folder).open() as run:
+        assert [line["trial"] for line in run.lines("log.jsonl")] == list(range(kept))
+        run.append("log.jsonl", {"trial": 99})
+        assert [line["trial"] for line in run.lines("log.jsonl")] == [*range(kept), 99]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
+    with pytest.raises(CorruptRunError, match="line 2"):
+        read_lines(tmp_path / "log.jsonl")
+
+
+def test_truncated_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"schema": 1, "sta')
+    with pytest.raises(CorruptRunError, match=r"result\.json is not valid JSON"):
+        read_json(tmp_path / "result.json")
+    with pytest.raises(CorruptRunError, match="missing"):
+        read_json(tmp_path / "other.json")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"old": True})
+    with pytest.raises(TypeError), atomic_write(tmp_path / "a.json") as temporary:
+        temporary.write_text(42)  # as a serializer that fails half-way
+    assert read_json(tmp_path / "a.json") == {"old": True}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_nan_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunDirectoryError, match="not empty"):
+        RunDirectory(tmp_path).create({})
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="is a file"):
+        RunDirectory(tmp_path / "file").check_new()
+
+
+def test_an_old_run_is_not_overwritten_and_a_missing_one_not_resumed(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "run").create({}).close()
+    with pytest.raises(RunDirectoryError, match="--resume"):
+        RunDirectory(tmp_path / "run").check_new()
+    with pytest.raises(RunDirectoryError, match="no run to resume"):
+        RunDirectory(tmp_path / "nothing").check_old()
+    assert not (tmp_path / "nothing").exists()
+
+
+_HOLD = """
+import sys, time
+from pathlib import Path
+from netwright.core.rundir import RunDirectory
+run = RunDirectory(Path(sys.argv[1])).create({})
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_living_owner_locks_and_a_killed_one_does_not(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    owner = subprocess.Popen([sys.executable, "-c", _HOLD, str(folder)], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == b"held\n"
+    with pytest.raises(RunLockedError, match="another running process"):
+        RunDirectory(folder).open()
+    owner.kill()
+    owner.wait()
+    RunDirectory(folder).open().close()
+
+
+_FULL = """
+import resource, signal, sys
+from pathlib import Path
+from netwright.core.errors import RunDirectoryError
+from netwright.core.rundir import RunDirectory
+run = RunDirectory(Path(sys.argv[1])).create({})
+run.append("log.jsonl", {"trial": 0})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+for write in (lambda: run.append("log.jsonl", {"text": "x" * 9000}), lambda: run.write("a.json", "y" * 9000)):
+    try:
+        write()
+    except RunDirectoryError as error:
+        print(error)
+"""
+
+
+def test_a_disk_that_takes_no_more_is_a_clear_error_and_tears_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL, str(tmp_path / "run")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("Cannot write") == 2
+    assert read_lines(tmp_path / "run" / "log.jsonl") == ([{"trial": 0}], len(json.dumps({"trial": 0})) + 1)
+    assert not (tmp_path / "run" / "a.json").exists()
+
+
+def test_a_write_that_is_killed_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    program = (
+        "import sys, itertools\nfrom pathlib import Path\nfrom netwright.core.rundir import write_json\n"
+        "for n in itertools.count():\n    write_json(Path(sys.argv[1]), [n] * 5000)\n    print(n, flush=True)\n"
+    )
+    for wait in (0.0, 0.003, 0.011, 0.02):
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "a.json")], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(wait)
+        child.kill()
+        child.wait()
+        values = read_json(tmp_path / "a.json")
+        assert len(values) == 5000
+        assert len(set(values)) == 1
+
+
+def test_limits_of_this_process_are_untouched() -> None:
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -1,0 +1,197 @@
+"""Whole runs of the main job on a small real task."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from tiny import task
+
+from netwright.core.errors import RunDirectoryError, RunLockedError, TaskError
+from netwright.core.front import non_dominated
+from netwright.workshop import Job, parse_keep, parse_targets, run_job
+
+TINY = f"{Path(__file__).with_name('tiny.py')}:task"
+
+
+def job(out: Path, target: str = "latency<=0.95x", keep: str = "score>=-0.1", budget: float = 30.0, **more) -> Job:
+    return Job(task=TINY, limits=parse_targets([target]), keep=parse_keep(keep), budget=budget, out=out, **more)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    run_job(job(out))
+    return out
+
+
+def lines(run: Path) -> list[dict]:
+    path = run / "evaluations.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def test_the_result_says_what_was_found(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert result["schema"] == 1
+    assert result["status"] in ("met", "not_met")
+    assert result["evaluations"] >= 4
+    assert result["failed"] == 0
+    for point in [result["baseline"], result["chosen"], *result["front"]]:
+        assert point["latency_ms"]["p10"] <= point["latency_ms"]["median"] <= point["latency_ms"]["p90"]
+        assert point["size_bytes"] > 0
+    assert result["baseline"]["score"]["test"] is not None
+    assert result["chosen"]["score"]["test"] is not None
+    assert all(point["score"]["test"] is None for point in result["front"]), "test is read for two models only"
+    for name in ("macs", "parameters"):
+        assert result["ratios"][name] == pytest.approx(result["chosen"][name] / result["baseline"][name])
+    assert result["ratios"]["size"] == pytest.approx(result["chosen"]["size_bytes"] / result["baseline"]["size_bytes"])
+
+
+def test_the_front_is_what_the_evaluations_leave(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    points = [line["point"] for line in lines(finished) if line["point"]]
+    values = np.array([[-p["score"]["val"], p["latency_ratio"]["median"]] for p in points])
+    best = {tuple(row) for row in values[non_dominated(values)]}
+    front = {
+        (-p["score"]["val"], p["latency_ratio"]["median"]) for p in result["front"] if p["latency_ratio"] is not None
+    }
+    assert front - {(-result["chosen"]["score"]["val"], result["ratios"]["latency"])} <= best
+
+
+def test_the_artifacts_agree_and_load_without_netwright(finished: Path) -> None:
+    test = task().data.test
+    x = torch.stack([test[i][0] for i in range(64)])
+    session = onnxruntime.InferenceSession(finished / "model.onnx")
+    (runtime,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    program = torch.export.load(finished / "model.pt2").module()(x)
+    assert (torch.as_tensor(runtime).argmax(1) == program.argmax(1)).float().mean() > 0.96
+    result = json.loads((finished / "result.json").read_text())
+    assert (finished / "model.onnx").stat().st_size == result["chosen"]["size_bytes"]
+
+
+def test_nothing_is_evaluated_twice(finished: Path) -> None:
+    steps = [json.dumps(line["point"]["steps"], sort_keys=True) for line in lines(finished) if line["point"]]
+    assert len(steps) == len(set(steps))
+
+
+def test_a_finished_run_resumes_to_itself(finished: Path) -> None:
+    before = (finished / "result.json").read_text()
+    start = time.perf_counter()
+    assert run_job(job(finished), resume=True) == json.loads(before)
+    assert time.perf_counter() - start < 10
+    assert (finished / "result.json").read_text() == before
+
+
+def test_an_old_run_is_never_overwritten(finished: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="--resume"):
+        run_job(job(finished))
+    with pytest.raises(RunDirectoryError, match="has seed 0, not 7"):
+        run_job(job(finished, seed=7), resume=True)
+
+
+def test_bad_input_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="No task 'nowhere'"):
+        run_job(Job("nowhere", parse_targets(["latency<=0.5x"]), parse_keep("score>=-0.01"), 20.0, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def _start(out: Path, *more: str, budget: str = "40s") -> subprocess.Popen:
+    command = [sys.executable, "-m", "netwright", "optimize", TINY, "--target", "latency<=0.9x", "--keep"]
+    command += ["score>=-0.1", "--budget", budget, "--out", str(out), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=out.parent)
+
+
+def _wait_for(out: Path, count: int, child: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while len(lines(out)) < count and time.monotonic() < end and child.poll() is None:
+        time.sleep(0.05)
+
+
+def test_kill_at_five_moments_then_resume_loses_and_repeats_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    known: list[dict] = []
+    moments = np.random.default_rng(0).uniform(0, 1.5, 5)
+    for round_, moment in enumerate(moments):
+        child = _start(out, *(["--resume"] if round_ and (out / "run.json").exists() else []), budget="200s")
+        _wait_for(out, len(known) + 1, child)
+        time.sleep(moment)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        now = lines(out)
+        assert now[: len(known)] == known, "what was finished stays as it was"
+        known = now
+    child = _start(out, "--resume", budget="1s")  # no time for more: it concludes
+    _, errors = child.communicate(timeout=200)
+    assert child.returncode in (0, 3), errors
+    final = lines(out)
+    assert final[: len(known)] == known
+    steps = [json.dumps(line["params"], sort_keys=True) for line in final]
+    assert len(steps) == len(set(steps))
+    result = json.loads((out / "result.json").read_text())
+    assert result["evaluations"] == len(final)
+    assert len(known) >= 5
+    values = np.array([[-line["point"]["score"]["val"], line["point"]["latency_ratio"]["median"]] for line in known])
+    front = {(-p["score"]["val"], p["latency_ratio"]["median"]) for p in result["front"] if p["latency_ratio"]}
+    for row in values:
+        better = [f for f in front if f[0] <= row[0] and f[1] <= row[1]]
+        assert better, "every old point is on the front or beaten by a point on it"
+
+
+def test_ctrl_c_leaves_a_valid_result_and_no_processes(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    child = _start(out, budget="200s")
+    _wait_for(out, 2, child)
+    child.send_signal(signal.SIGINT)
+    output, errors = child.communicate(timeout=60)
+    assert child.returncode == 130, errors
+    assert "Traceback" not in errors
+    result = json.loads((out / "result.json").read_text())
+    assert result["status"] == "interrupted"
+    assert result["evaluations"] >= 2
+    assert "--resume" in result["explanation"]
+    assert result["explanation"] in output
+    with pytest.raises(RunDirectoryError):
+        run_job(job(out))
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    child = _start(out, budget="200s")
+    try:
+        end = time.monotonic() + 60
+        while not (out / "run.json").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        with pytest.raises(RunLockedError):
+            run_job(job(out), resume=True)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_orphaned_workers_end(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    child = _start(out, budget="200s")
+    _wait_for(out, 1, child)
+    workers = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _is_worker_of(int(pid), child.pid)]
+    assert workers
+    child.kill()
+    child.wait()
+    time.sleep(2.0)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+def _is_worker_of(pid: int, parent: int) -> bool:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[1]) == parent and b"netwright.workshop.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
