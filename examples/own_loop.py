@@ -60,5 +60,5 @@ task = netwright.Task(
     evaluate=evaluate,
     recipe=netwright.Recipe(epochs=20),
 )
-result = netwright.optimize(task, target="latency<=0.6x", keep="score>=-0.02", budget=budget, out=out)
+result = netwright.optimize(task, target="size<=0.3x", keep="score>=-0.02", budget=budget, out=out)
 print(result["explanation"])

@@ -22,6 +22,7 @@ def optimize(
     resume: bool = False,
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
+    evaluations: int | None = None,
     seed: int = 0,
     batch: int = 1,
     threads: int = 1,
@@ -43,6 +44,7 @@ def optimize(
         resume: go on with the run that lies there.
         engine: "local" for worker processes on this machine, "ray" for a Ray cluster.
         workers: evaluations side by side; by default one for each core.
+        evaluations: most candidates to evaluate; by default as many as the budget allows.
         seed: source of all randomness.
         batch: items in a measured call.
         threads: threads of a measured call.
@@ -65,6 +67,7 @@ def optimize(
         seed=seed,
         engine=engine,
         workers=workers,
+        evaluations=evaluations,
         measuring=Measuring(batch=batch, threads=threads),
         command=command,
     )

@@ -1,4 +1,4 @@
-"""Every example in a docstring is run."""
+"""Every example in a docstring, and every ``>>>`` in the pages, is run."""
 
 import doctest
 import importlib
@@ -10,6 +10,7 @@ import pytest
 import netwright
 
 SOURCE = Path(netwright.__file__).parent
+PAGES = sorted((Path(__file__).resolve().parents[2] / "docs").glob("*.md"))
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -34,9 +35,18 @@ def test_examples(name: str) -> None:
         if error.name != "ray":
             raise
         pytest.skip("Ray is an extra and not installed here")
+    _run(doctest.DocTestFinder(exclude_empty=True).find(module))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in page.read_text()], ids=lambda page: page.name)
+def test_examples_in_the_pages(page: Path) -> None:
+    _run([doctest.DocTestParser().get_doctest(page.read_text(), {}, page.name, str(page), 0)])
+
+
+def _run(examples: list[doctest.DocTest]) -> None:
     said = io.StringIO()
     runner = doctest.DocTestRunner(optionflags=FLAGS)
-    for example in doctest.DocTestFinder(exclude_empty=True).find(module):
+    for example in examples:
         runner.run(example, out=said.write)
     assert runner.failures == 0, said.getvalue()
     assert runner.tries > 0

@@ -21,14 +21,14 @@ from netwright.workshop import Job, parse_keep, parse_targets, run_job
 TINY = f"{Path(__file__).with_name('tiny.py')}:task"
 
 
-def job(out: Path, target: str = "latency<=0.95x", keep: str = "score>=-0.1", budget: float = 30.0, **more) -> Job:
+def job(out: Path, target: str = "latency<=0.95x", keep: str = "score>=-0.1", budget: float = 120.0, **more) -> Job:
     return Job(task=TINY, limits=parse_targets([target]), keep=parse_keep(keep), budget=budget, out=out, **more)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    run_job(job(out))
+    run_job(job(out, evaluations=6))
     return out
 
 
@@ -43,10 +43,10 @@ def test_the_result_says_what_was_found(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert result["schema"] == 1
     assert result["status"] in ("met", "not_met")
-    assert result["evaluations"] >= 4
+    assert result["evaluations"] == 6
     assert result["failed"] == 0
     for point in [result["baseline"], result["chosen"], *result["front"]]:
-        assert point["latency_ms"]["p10"] <= point["latency_ms"]["median"] <= point["latency_ms"]["p90"]
+        assert 0 < point["latency_ms"]["p10"] <= point["latency_ms"]["median"] <= point["latency_ms"]["p90"]
         assert point["size_bytes"] > 0
     assert result["baseline"]["score"]["test"] is not None
     assert result["chosen"]["score"]["test"] is not None
@@ -119,11 +119,13 @@ def _wait_for(out: Path, count: int, child: subprocess.Popen) -> None:
 def test_kill_at_five_moments_then_resume_loses_and_repeats_nothing(tmp_path: Path) -> None:
     out = tmp_path / "run"
     known: list[dict] = []
-    moments = np.random.default_rng(0).uniform(0, 1.5, 5)
-    for round_, moment in enumerate(moments):
-        child = _start(out, *(["--resume"] if round_ and (out / "run.json").exists() else []), budget="200s")
-        _wait_for(out, len(known) + 1, child)
-        time.sleep(moment)
+    for round_, moment in enumerate(np.random.default_rng(0).uniform(0, 1, 5)):
+        child = _start(out, *(["--resume"] if (out / "run.json").exists() else []), budget="300s")
+        if round_ % 2:
+            _wait_for(out, len(known) + 2, child)  # in the middle of the search
+            time.sleep(moment)
+        else:
+            time.sleep(3 + 6 * moment)  # while it starts, trains the baseline, or starts its workers
         child.send_signal(signal.SIGKILL)
         child.wait()
         now = lines(out)
@@ -138,7 +140,7 @@ def test_kill_at_five_moments_then_resume_loses_and_repeats_nothing(tmp_path: Pa
     assert len(steps) == len(set(steps))
     result = json.loads((out / "result.json").read_text())
     assert result["evaluations"] == len(final)
-    assert len(known) >= 5
+    assert len(known) >= 4
     values = np.array([[-line["point"]["score"]["val"], line["point"]["latency_ratio"]["median"]] for line in known])
     front = {(-p["score"]["val"], p["latency_ratio"]["median"]) for p in result["front"] if p["latency_ratio"]}
     for row in values:
@@ -185,8 +187,18 @@ def test_orphaned_workers_end(tmp_path: Path) -> None:
     assert workers
     child.kill()
     child.wait()
-    time.sleep(2.0)
-    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    end = time.monotonic() + 20
+    while any(_runs(pid) for pid in workers) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if _runs(pid)]
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process lives; one that has ended may stay listed as a zombie where nobody collects it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _is_worker_of(pid: int, parent: int) -> bool:

@@ -14,7 +14,7 @@ _NORMS = {"batch_norm": 7, "_native_batch_norm_legit_no_training": 6}  # and the
 def fold_batch_norms(module: fx.GraphModule) -> int:
     r"""Fold every batch norm that alone reads a convolution or linear layer into that layer's weight and bias.
 
-    .. math:: w' = w \gamma / \sqrt{\sigma^2 + \epsilon} \qquad b' = (b - \mu) \gamma / \sqrt{\sigma^2 + \epsilon} + \beta
+    .. math:: w' = w \gamma / \sqrt{\sigma^2 + \epsilon}, \quad b' = (b - \mu) w' / w + \beta
 
     computed in float64. The model's function in evaluation mode stays the same.
 

@@ -1,8 +1,9 @@
 """Where in a traced graph tensors are rounded to integers.
 
 The patterns follow what integer kernels exist for: a convolution computes integers from integers, its activation
-included; sums, products, concatenations and average pools of integers are integers; reshapes and maximum pools move integers
-about; a linear layer takes integers and gives floats, unless an integer operation reads them. Everything else stays float.
+included; sums, products, concatenations and average pools of integers are integers; reshapes and maximum pools move
+integers about; a linear layer takes integers and gives floats, unless an integer operation reads them. Everything
+else stays float.
 """
 
 from dataclasses import dataclass, field
@@ -144,7 +145,7 @@ def _is_global_pool(node: fx.Node) -> bool:
         return all(extent == 1 for extent in size)
     return (
         _rank(node.args[0]) == 4
-        and {int(axis) % 4 for axis in size} == {2, 3}
+        and {axis % 4 for axis in size if isinstance(axis, int)} == {2, 3}
         and len(node.args) > 2
         and bool(node.args[2])
     )

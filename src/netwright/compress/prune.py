@@ -47,7 +47,7 @@ class Prune:
         ratios: share of the units to remove, in [0, 1): one for all groups, or by group name, where groups that are not
             named stay whole.
         scope: "layer" applies ratios to each group, "global" one ratio to all of them together.
-        saliency: "magnitude" needs no data; "taylor" reads ``batches`` batches and is usually better.
+        saliency: "magnitude" needs no data, "taylor" reads ``batches`` batches. Neither is ahead throughout: try both.
         count: what a global ratio is a share of.
         exclude: names of groups to leave alone.
         keep_at_least: units that stay in every group.

@@ -73,9 +73,10 @@ class Int8:
         >>> from torch.utils.data import TensorDataset
         >>> from netwright.core.data import Data
         >>> split = lambda: TensorDataset(torch.rand(8, 4), torch.zeros(8).long())
-        >>> task = Task("tiny", nn.Linear(4, 2), Data(split(), split(), split()), nn.functional.cross_entropy, lambda o, t: 0.0)
+        >>> data = Data(split(), split(), split())
+        >>> task = Task("tiny", nn.Linear(4, 2), data, nn.functional.cross_entropy, lambda o, t: 0.0)
         >>> small = Int8()(task.build(), task)
-        >>> float((small(torch.ones(1, 4)) - task.build()(torch.ones(1, 4))).abs().max()) < 0.02
+        >>> bool(torch.allclose(small(torch.ones(1, 4)), task.build()(torch.ones(1, 4)), atol=0.02))
         True
 
     Cost: a trace and one evaluation of ``calibration_items`` items (two for "percentile" and "mse"); memory of one
@@ -126,8 +127,8 @@ class Int8:
         where = plan(module)
         if not where.weights:
             raise TransformError(
-                f"Int8: {type(model).__name__} has no convolution or linear layer with a weight of its own, so there is "
-                "nothing to quantize. Leave this step out."
+                f"Int8: {type(model).__name__} has no convolution or linear layer with a weight of its own, so there "
+                "is nothing to quantize. Leave this step out."
             )
         module, observers = _insert(module, where, self)
         report(0.3, "calibrating")
@@ -166,7 +167,9 @@ def _plain_signature(graph: fx.Graph, program: ExportedProgram) -> None:
     if any(value is not None for value in (*args, *kwargs.values())):
         return  # nested inputs: torch's own signature unpacks them
     output = graph.output_node()
-    result = pytree.tree_unflatten(list(output.args[0]), spec.out_spec)
+    (leaves,) = output.args
+    assert isinstance(leaves, list | tuple)
+    result = pytree.tree_unflatten(list(leaves), spec.out_spec)
     output.args = (dict(result) if isinstance(result, Mapping) else result,)
     graph.set_codegen(fx.graph.CodeGen())
 
@@ -179,7 +182,8 @@ def _check_weights(model: nn.Module) -> None:
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise TransformError(
-                f"Int8: {name} of {type(model).__name__} holds NaN or infinity, so it has no range. Train the model again."
+                f"Int8: {name} of {type(model).__name__} holds NaN or infinity, so it has no range. Train the model "
+                "again."
             )
 
 
@@ -222,14 +226,15 @@ def _insert(module: fx.GraphModule, where: Plan, settings: Int8) -> tuple[fx.Gra
             module.add_submodule(path, observers[path])
         with graph.inserting_after(node):
             rounded = graph.call_module(path, (node,))
-        node.replace_all_uses_with(rounded, delete_user_cb=lambda user, own=rounded: _reads_values(user, own))
+        node.replace_all_uses_with(rounded, delete_user_cb=_reads_values)
+        rounded.args = (node,)
     graph.eliminate_dead_code()
     return fx.GraphModule(module, graph, type(module).__name__), observers
 
 
-def _reads_values(user: fx.Node, rounded: fx.Node) -> bool:
-    """Whether a node reads more than the shape, and is not the rounding itself."""
-    return user is not rounded and op_name(user) != "sym_size"
+def _reads_values(user: fx.Node) -> bool:
+    """Whether a node reads more than the shape."""
+    return op_name(user) != "sym_size"
 
 
 def _has(module: nn.Module, path: str) -> bool:

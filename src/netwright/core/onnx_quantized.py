@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
@@ -98,10 +97,15 @@ class _Rewriter:
         if grid.scale.ndim and (grid.scale == grid.scale[0]).all() and (grid.zero_point == grid.zero_point[0]).all():
             grid = _Grid(grid.scale[0].reshape(()), grid.zero_point[0].reshape(()), -1, grid.low, grid.high)
         stored = self._store(grid.apply(value), f"{output}:integers")
-        axis = {"axis": grid.axis} if grid.scale.ndim else {}
-        self.nodes.append(helper.make_node("DequantizeLinear", [stored, *self._places(grid)], [output], **axis))
+        self._dequantize([stored, *self._places(grid)], output, grid.axis if grid.scale.ndim else None)
         self.grids[output] = grid
         self.floats[output] = value
+
+    def _dequantize(self, inputs: list[str], output: str, axis: int | None) -> None:
+        node = helper.make_node("DequantizeLinear", inputs, [output])
+        if axis is not None:
+            node.attribute.append(helper.make_attribute("axis", axis))
+        self.nodes.append(node)
 
     def _transposed_weight(self, node: Any) -> None:
         """A dequantized weight, transposed, is a transposed weight, dequantized."""
@@ -149,8 +153,7 @@ class _Rewriter:
         inputs = [self._store(integers, f"{name}:integers"), self._store(scale, f"{name}:scale")]
         zero = np.zeros(scale.shape, np.int32)
         inputs.append(self._store(zero, f"{name}:zero"))
-        axis = {"axis": 0} if scale.ndim else {}
-        self.nodes.append(helper.make_node("DequantizeLinear", inputs, [name], **axis))
+        self._dequantize(inputs, name, 0 if scale.ndim else None)
         node.input[position] = name
 
     def _wide_enough(self, node: Any, data: _Grid, weight: _Grid, bias: NDArray[Any]) -> _Grid:
@@ -212,7 +215,7 @@ def _reads(node: Any) -> set[str]:
 
 
 def spatial_means_to_pools(proto: Any) -> None:
-    """Write the mean over height and width as ``GlobalAveragePool``, which runtimes have fast and integer kernels for."""
+    """Write the mean over height and width as ``GlobalAveragePool``, for which runtimes have integer kernels."""
     graph = proto.graph
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
     weights = {item.name: item for item in graph.initializer}

@@ -139,17 +139,6 @@ def _failures(run: Run) -> list[tuple[str, str]]:
 def _facts(run: Run) -> dict[str, Mapping[str, str]]:
     """Machine and settings as label and value."""
     settings, result = run.settings, run.result
-    names = {
-        "cpu": "Processor",
-        "os": "System",
-        "python": "Python",
-        "isa": "Instruction sets",
-        "memory_bytes": "Memory",
-        "cores": "Cores",
-        "threads": "Threads used",
-        "torch": "PyTorch",
-        "onnxruntime": "ONNX Runtime",
-    }
     found = result.machine if result else {}
     machine = {_MACHINE.get(key, key): _shown(key, value) for key, value in found.items()}
     chosen = {

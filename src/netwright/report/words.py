@@ -61,7 +61,8 @@ def subline(run: Run) -> str:
     asked = wanted(run)
     if run.result is None:
         return f"Asked for {asked}." if asked else ""
-    tried = f"{run.result.evaluations} candidates evaluated in {duration(run.result.wall_s)}"
+    count = run.result.evaluations
+    tried = f"{count} candidate{'' if count == 1 else 's'} evaluated in {duration(run.result.wall_s)}"
     failed = f", {run.result.failed} of them failed" if run.result.failed else ""
     return f"Asked for {asked}; {tried}{failed}." if asked else f"{tried}{failed}."
 
@@ -127,7 +128,11 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
         "measurements in one process, so that a slow moment of the machine hits both alike.",
     ),
     ("Size on disk", "Bytes of the exported ONNX file, weights included. 1 KB is 1000 bytes."),
-    ("Peak memory", "The most memory that one call of the exported network needed on top of the idle process."),
+    (
+        "Peak memory",
+        "Bytes that one call needs: the weights as stored, and the activations that are alive at the worst moment. It "
+        "is computed from the exported file; what the runtime itself needs comes on top.",
+    ),
     (
         "MACs",
         "Multiply-accumulate operations of one forward pass at batch one, counted from the traced graph. They say how "

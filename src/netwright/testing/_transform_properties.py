@@ -11,20 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from netwright.core.artifact import OnnxModule, export_onnx
-from netwright.core.data import Batch, Dataset, Inputs, batches, call, first_inputs
+from netwright.core.data import Batch, Dataset, Inputs, batches, first_inputs
 from netwright.core.errors import NetwrightError
 from netwright.core.graph.export import arguments, export_model
 from netwright.core.task import Task
 from netwright.core.transform import Chain, Transform
+from netwright.testing._compare import described, equal, facts, gap, outputs
 from netwright.testing._property import expect
 
 __all__ = ["PROPERTIES", "Case"]
 
 _BATCH_SIZES = (1, 3)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 
 
 class Case:
@@ -84,31 +83,11 @@ def _untouched(case: Case) -> None:
     for module in list(model.modules())[::2]:
         module.training = True  # a mixture, so that a blanket train() or eval() shows
     next(iter(model.parameters())).requires_grad_(False)
-    before = _facts(model)
+    before = facts(model)
     case.apply(model)
-    after = _facts(model)
+    after = facts(model)
     for what, value in before.items():
-        expect(_equal(value, after[what]), f"the given model's {what} changed.")
-
-
-def _facts(model: nn.Module) -> dict[str, Any]:
-    return {
-        "modules": {name: type(module) for name, module in model.named_modules()},
-        "weights or buffers": {name: value.detach().clone() for name, value in model.state_dict().items()},
-        "training modes": [module.training for module in model.modules()],
-        "requires_grad flags": [param.requires_grad for param in model.parameters()],
-        "gradients": [None if param.grad is None else param.grad.clone() for param in model.parameters()],
-        "hooks": [[list(getattr(module, kind)) for kind in _HOOKS] for module in model.modules()],
-    }
-
-
-def _equal(left: Any, right: Any) -> bool:
-    left_leaves, left_form = pytree.tree_flatten(left)
-    right_leaves, right_form = pytree.tree_flatten(right)
-    return left_form == right_form and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
-        for a, b in zip(left_leaves, right_leaves, strict=True)
-    )
+        expect(equal(value, after[what]), f"the given model's {what} changed.")
 
 
 def _random_state(case: Case) -> None:
@@ -133,25 +112,15 @@ def _result(case: Case) -> None:
 def _shape(case: Case) -> None:
     model = case.model()
     for size in _BATCH_SIZES:
-        wanted, got = _outputs(model, case.inputs(size)), _outputs(case.result, case.inputs(size))
+        wanted, got = outputs(model, case.inputs(size)), outputs(case.result, case.inputs(size))
         expect(
             [(tuple(a.shape), a.dtype) for a in wanted] == [(tuple(b.shape), b.dtype) for b in got],
-            f"at batch size {size} outputs are {_described(got)} where the given model's are {_described(wanted)}.",
+            f"at batch size {size} outputs are {described(got)} where the given model's are {described(wanted)}.",
         )
 
 
-def _outputs(model: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
-    with torch.no_grad():
-        found = call(model, inputs) if isinstance(model, nn.Module) else model(inputs)
-    return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
-
-
-def _described(outputs: list[Tensor]) -> str:
-    return ", ".join(f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}" for value in outputs)
-
-
 def _finite(case: Case) -> None:
-    for value in _outputs(case.result, case.inputs(16)):
+    for value in outputs(case.result, case.inputs(16)):
         expect(bool(value.isfinite().all()), "an output of the result is not finite.")
 
 
@@ -162,31 +131,20 @@ def _determinism(case: Case) -> None:
             torch.manual_seed(state)
             results.append(case.apply(case.model()))
     first, second = (dict(result.state_dict()) for result in results)
-    expect(_equal(first, second), "two results of the same seed have different weights.")
-    gap = _gap(*(_outputs(result, case.inputs(8)) for result in results))
-    expect(gap == 0.0, f"the outputs of two results of the same seed differ by {gap:.3g} of the largest.")
-
-
-def _gap(wanted: list[Tensor], got: list[Tensor]) -> float:
-    """Largest difference, relative to the largest output."""
-    expect(len(wanted) == len(got), f"{len(got)} outputs where {len(wanted)} are wanted.")
-    worst = 0.0
-    for a, b in zip(wanted, got, strict=True):
-        expect(a.shape == b.shape, f"an output of shape {tuple(b.shape)} where {tuple(a.shape)} is wanted.")
-        gap = ((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-6)).item()
-        worst = max(worst, gap if gap == gap else float("inf"))
-    return worst
+    expect(equal(first, second), "two results of the same seed have different weights.")
+    apart = gap(*(outputs(result, case.inputs(8)) for result in results))
+    expect(apart == 0.0, f"the outputs of two results of the same seed differ by {apart:.3g} of the largest.")
 
 
 def _copies(case: Case) -> None:
-    gap = _gap(*(_outputs(model, case.inputs(8)) for model in (case.result, copy.deepcopy(case.result))))
-    expect(gap == 0.0, f"a deep copy of the result differs from it by {gap:.3g} of the largest output.")
+    apart = gap(*(outputs(model, case.inputs(8)) for model in (case.result, copy.deepcopy(case.result))))
+    expect(apart == 0.0, f"a deep copy of the result differs from it by {apart:.3g} of the largest output.")
 
 
 def _trains(case: Case) -> None:
     model = case.model()
     result = case.apply(model).train()
-    given = _facts(model)["weights or buffers"]
+    given = facts(model)["weights or buffers"]
     before = [param.detach().clone() for param in result.parameters()]
     expect(any(param.requires_grad for param in result.parameters()), "the result has no trainable parameter.")
     assert case.task.loss is not None
@@ -197,16 +155,18 @@ def _trains(case: Case) -> None:
     torch.optim.SGD([param for param in result.parameters() if param.requires_grad], lr=0.1).step()
     moved = any(not torch.equal(old, new) for old, new in zip(before, result.parameters(), strict=True))
     expect(moved, "no parameter of the result receives a gradient.")
-    expect(_equal(given, _facts(model)["weights or buffers"]), "training the result changed the given model.")
+    expect(equal(given, facts(model)["weights or buffers"]), "training the result changed the given model.")
 
 
 def _exports(case: Case) -> None:
     program = export_model(case.result, case.inputs(2)).module()
     for size in _BATCH_SIZES:
         args, kwargs = arguments(case.inputs(size))
-        wanted = _outputs(case.result, case.inputs(size))
-        gap = _gap(wanted, _outputs(lambda _, args=args, kwargs=kwargs: program(*args, **kwargs), case.inputs(size)))
-        expect(gap <= 1e-5, f"the exported program differs by {gap:.3g} of the largest output at batch size {size}.")
+        wanted = outputs(case.result, case.inputs(size))
+        apart = gap(wanted, outputs(lambda _, args=args, kwargs=kwargs: program(*args, **kwargs), case.inputs(size)))
+        expect(
+            apart <= 1e-5, f"the exported program differs by {apart:.3g} of the largest output at batch size {size}."
+        )
 
 
 def _onnx(case: Case) -> None:
@@ -215,10 +175,10 @@ def _onnx(case: Case) -> None:
         export_onnx(case.result, case.inputs(2), path)
         model = OnnxModule(path)
         for size in _BATCH_SIZES:
-            gap = _gap(_outputs(case.result, case.inputs(size)), _outputs(model, case.inputs(size)))
+            apart = gap(outputs(case.result, case.inputs(size)), outputs(model, case.inputs(size)))
             expect(
-                gap <= case.onnx_tolerance,
-                f"the ONNX file differs by {gap:.3g} of the largest output at batch size {size}.",
+                apart <= case.onnx_tolerance,
+                f"the ONNX file differs by {apart:.3g} of the largest output at batch size {size}.",
             )
 
 

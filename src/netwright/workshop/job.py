@@ -34,6 +34,7 @@ class Job:
         seed: source of all randomness.
         engine: "local" for processes on this machine, "ray" for a Ray cluster.
         workers: evaluations side by side; by default one for each core.
+        evaluations: most candidates to evaluate; by default as many as the budget allows.
         measuring: how latency is measured.
         command: the command line that replays the run, for the report.
     """
@@ -46,6 +47,7 @@ class Job:
     seed: int = 0
     engine: Literal["local", "ray"] = "local"
     workers: int | None = None
+    evaluations: int | None = None
     measuring: Measuring = field(default_factory=Measuring)
     command: str = ""
 
@@ -106,6 +108,7 @@ def run_job(job: Job, *, resume: bool = False, progress: Progress | None = None)
             seed=job.seed,
             engine=job.engine,
             workers=job.workers,
+            evaluations=job.evaluations,
             measuring=job.measuring,
             progress=progress or _silent,
         )

@@ -57,6 +57,7 @@ class Session:
     seed: int
     engine: Literal["local", "ray"]
     workers: int | None
+    evaluations: int | None
     measuring: Measuring
     progress: Progress
     _start: float = field(default_factory=time.perf_counter, init=False)
@@ -120,7 +121,7 @@ class Session:
         exhausted = False
         while True:
             usual = statistics.median(spent) if spent else plan.candidate_seconds
-            while len(flying) < engine.workers and not exhausted and self._may_start(study, usual, end):
+            while len(flying) < engine.workers and not exhausted and self._may_start(study, len(flying), usual, end):
                 proposal = study.ask()
                 if proposal is None:
                     exhausted = True
@@ -144,9 +145,12 @@ class Session:
                 findings.write_interrupted(self.elapsed())
             self._tell(self._headline(study))
 
-    def _may_start(self, study: Study, usual: float, end: float) -> bool:
-        """Whether another candidate fits into the time; the first few always do, for nothing follows without them."""
-        return self.elapsed() + usual < end or (not study.entries and self.elapsed() < self.budget)
+    def _may_start(self, study: Study, flying: int, usual: float, end: float) -> bool:
+        """Whether another candidate fits into the time; the first one always does, for nothing follows without it."""
+        done = len(study.entries) + flying
+        if self.evaluations is not None and done >= self.evaluations:
+            return False
+        return self.elapsed() + usual < end or done == 0
 
     def _finals(self, engine: Engine, study: Study, plan: Plan, baseline: Baseline) -> list[Outcome]:
         """Recover the most promising candidates in full, several rounds of them if the time allows."""

@@ -27,6 +27,7 @@ __all__ = ["EVALUATIONS", "Entry", "Proposal", "Study"]
 EVALUATIONS = "evaluations.jsonl"
 _JOURNAL = "study.journal"
 _POPULATION = 16
+_FLOOR = "score"  # name of the constraint: how far the score lies below what must be kept
 _TRIES = 20  # proposals that only repeat what is known before the space counts as used up
 
 
@@ -113,7 +114,7 @@ class Study:
             self.failed += 1
             self._study.tell(proposal.trial, state=TrialState.FAIL)
         else:
-            proposal.trial.set_user_attr("violation", self._violation(entry.point))
+            proposal.trial.set_constraint(_FLOOR, self._violation(entry.point))
             self._study.tell(proposal.trial, self._values(entry.point))
         return entry
 
@@ -121,9 +122,7 @@ class Study:
         for stale in (path, path.with_name(path.name + ".lock")):
             stale.unlink(missing_ok=True)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        sampler = optuna.samplers.NSGAIISampler(
-            population_size=_POPULATION, seed=seed, constraints_func=lambda trial: (trial.user_attrs["violation"],)
-        )
+        sampler = optuna.samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
         return optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(path))),
             directions=[StudyDirection.MAXIMIZE, *(StudyDirection.MINIMIZE for _ in self._metrics)],
@@ -136,13 +135,11 @@ class Study:
         distributions = {name: self._space.distributions()[name] for name in line["params"]}
         if point is None:
             return create_trial(state=TrialState.FAIL, params=dict(line["params"]), distributions=distributions)
-        violation = self._violation(point)
         return create_trial(
             values=self._values(point),
             params=dict(line["params"]),
             distributions=distributions,
-            user_attrs={"violation": violation},
-            system_attrs={"constraints": (violation,)},
+            constraints={_FLOOR: self._violation(point)},
         )
 
     def _values(self, point: Point) -> list[float]:

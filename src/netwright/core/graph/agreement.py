@@ -22,8 +22,8 @@ def inference(*models: nn.Module) -> Iterator[None]:
     try:
         for config in cached:
             config.use_cache = False
-        for model in models:
-            model.eval()
+        for module in modes:
+            module.training = False
         with torch.no_grad():
             yield
     finally:
