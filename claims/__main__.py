@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from claims._harness import ROOT, Claim, ClaimError, find, load, run_claim, to_line
 from netwright.core.errors import NetwrightError
 
@@ -96,4 +98,5 @@ class _Writer:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # so that a claim gives the same numbers whatever the number of cores
     raise SystemExit(main())

@@ -118,6 +118,23 @@ def test_taylor_equals_a_naive_loop():
     assert all(param.grad is None for param in model.parameters())
 
 
+def test_taylor_looks_at_the_model_in_eval_mode():
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2)).double()
+    model[1].running_mean += 0.5
+    task = linear_task(model)
+    (group,) = trace(model, task.example()).groups
+    got = saliency_taylor(model.train(), [group], task, count=2, batch_size=8, seed=1)[group.name]
+    wanted = naive_taylor(copy.deepcopy(model).eval(), group_in_parameters(group), task, shuffled(task, 2, 8, 1))
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+    assert model.training
+    assert float(model[1].running_mean[0]) == 0.5
+
+
+def group_in_parameters(group):
+    places = tuple(place for place in group.places if "running" not in place.parameter)
+    return dataclasses.replace(group, places=places)
+
+
 def test_taylor_is_the_slope_of_the_loss_as_a_unit_fades():
     model = mlp()
     task = linear_task(model)
@@ -285,12 +302,16 @@ def test_global_respects_limits_and_names_what_is_in_reach():
         choose_global(scores, ones, 0.6, dict.fromkeys(scores, Limits(least=4)))
 
 
-def test_saved_operations_are_those_of_the_smaller_model():
+@pytest.mark.parametrize("flat", [False, True])
+def test_saved_operations_are_those_of_the_smaller_model(flat):
     task = small()[0]
-    graph = trace(task.model, task.example())
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 3)) if flat else task.model
+    graph = trace(model, task.example())
     before = total_macs(graph.program)
-    for group, saved in macs_per_unit(graph, graph.groups).items():
-        smaller = graph.shrink(task.model, {group: [0]})
+    savings = macs_per_unit(graph, graph.groups)
+    assert len(savings) == (1 if flat else 3)
+    for group, saved in savings.items():
+        smaller = graph.shrink(model, {group: [0]})
         assert before - total_macs(export_model(smaller, task.example())) == pytest.approx(saved)
 
 
@@ -365,7 +386,7 @@ def test_gradients_of_the_given_model_do_not_come_along():
     task = small()[1]
     model = copy.deepcopy(task.model)
     model(task.example()).sum().backward()
-    assert all(param.grad is None for param in Prune()(model, task).parameters())
+    assert all(param.grad is None for param in Prune({"0": 0.5})(model, task).parameters())  # "4" is left whole
     assert all(param.grad is not None for param in model.parameters())
 
 

@@ -10,11 +10,11 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 COMMANDS = {
-    "own_model.py": ["own_model.py", "15s", "run"],
-    "own_loop.py": ["own_loop.py", "15s", "run"],
+    "own_model.py": ["own_model.py", "1s", "run"],
+    "own_loop.py": ["own_loop.py", "1s", "run"],
     "task_file.py": [
         *("-m", "netwright", "optimize", "task_file.py:task", "--target", "size<=0.3x"),
-        *("--keep", "score>=-0.05", "--budget", "15s", "--out", "run"),
+        *("--keep", "score>=-0.05", "--budget", "1s", "--out", "run"),
     ],
 }
 

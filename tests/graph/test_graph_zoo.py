@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from netwright.core.graph import Graph, Group, export_model, trace
 from netwright.core.graph.agreement import batch_of, inference, outputs
+from netwright.core.graph.export import arguments
 
 sys.path.insert(0, str(Path(__file__).parent))
 from zoo import ZOO, build
@@ -186,20 +187,12 @@ def test_everything_that_layers_compute_is_grouped_or_named(name: str) -> None:
             assert place.index.shape[0] == group.size
             assert len(set(place.index.ravel().tolist())) == place.index.size
             covered[place.parameter, place.dim] = covered.get((place.parameter, place.dim), 0) + place.index.size
-    stopped = {
-        id(model.get_submodule(item.name).get_parameter("weight"))
-        for item in graph.blocked
-        if _weighs(model, item.name)
-    }
+    stopped = {id(getattr(model.get_submodule(item.name), "weight", None)) for item in graph.blocked}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and id(module.weight) not in stopped:
             dim = int(isinstance(module, nn.ConvTranspose2d))
             length = module.weight.shape[dim]
             assert length == 1 or covered.get((f"{path}.weight", dim), 0) == length, path
-
-
-def _weighs(model: nn.Module, path: str) -> bool:
-    return "weight" in dict(model.get_submodule(path).named_parameters(recurse=False))
 
 
 @pytest.mark.parametrize("seed", _SEEDS)
@@ -212,7 +205,7 @@ def test_zeroed_and_shrunk_models_agree(name: str, seed: int) -> None:
     for batch in (1, 3):
         few = batch_of(inputs, batch)
         assert _distance(outputs(zero, few), outputs(small, few)) <= _TOLERANCE
-    if units:  # or the comparison would say nothing
+    if seed == 0:  # all exact groups: or the comparison would say nothing
         assert _distance(outputs(model, inputs), outputs(zero, inputs)) > 50 * _TOLERANCE
 
 
@@ -247,13 +240,9 @@ def test_shrunk_models_train_and_shrink_again(name: str) -> None:
     assert (type(small) is not type(model)) == (name in REBUILT)
     before = {key: tensor.clone() for key, tensor in small.state_dict().items()}
     assert set(before) <= set(model.state_dict())
-    args, kwargs = (
-        ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
-    )
-    result = small(*args, **kwargs)
-    loss = sum(
-        tensor.square().mean() for tensor in tree_leaves(result) if isinstance(tensor, Tensor) and tensor.requires_grad
-    )
+    args, kwargs = arguments(inputs)
+    results = [tensor for tensor in tree_leaves(small(*args, **kwargs)) if isinstance(tensor, Tensor)]
+    loss = torch.stack([tensor.square().mean() for tensor in results]).sum()
     loss.backward()
     torch.optim.SGD(small.parameters(), 0.1).step()
     after = small.state_dict()
@@ -262,14 +251,11 @@ def test_shrunk_models_train_and_shrink_again(name: str) -> None:
     assert all(not torch.equal(before[key], after[key]) for key in means)
     small.eval()
     second = trace(small, inputs)
-    assert [(group.name, group.size) for group in second.groups] == [
-        (group.name, group.size - 1) for group in graph.groups if group.size > 2
-    ]
+    found = {group.name: group.size for group in second.groups}
+    assert {group.name: group.size - 1 for group in graph.groups if group.size > 2}.items() <= found.items()
     again = {group.name: [group.size - 1] for group in second.groups if group.exact}
-    assert (
-        _distance(outputs(second.zero(small, again), inputs), outputs(second.shrink(small, again), inputs))
-        <= _TOLERANCE
-    )
+    zero = outputs(second.zero(small, again), inputs)
+    assert _distance(zero, outputs(second.shrink(small, again), inputs)) <= _TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["resnet", "hf-mobilenet-v2", "hf-llama"])

@@ -13,7 +13,7 @@ from rich.console import Console
 from netwright.cli.app import app
 from netwright.face import optimize
 from netwright.report import read_run, summary_table
-from netwright.workshop import Job, Measuring, dry_run, parse_budget, parse_keep, parse_targets
+from netwright.workshop import Job, dry_run, parse_budget, parse_keep, parse_targets
 
 __all__ = ["Engine", "optimize_command"]
 
@@ -52,10 +52,8 @@ def optimize_command(
     place = out or Path("runs") / task.replace(":", "-").replace("/", "-")
     console = Console()
     if dry:
-        limits, floor = parse_targets(target), parse_keep(keep)
-        job = Job(
-            task, limits, floor, parse_budget(budget), place, seed, engine.value, workers, Measuring(batch, threads)
-        )
+        limits, floor, seconds = parse_targets(target), parse_keep(keep), parse_budget(budget)
+        job = Job(task, limits, floor, seconds, place, seed, engine.value, workers, evaluations)
         for line in dry_run(job):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return

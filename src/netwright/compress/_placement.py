@@ -67,7 +67,7 @@ _MOVING = {
         "contiguous",
         "clone",
     ),
-    *("dropout", "pixel_shuffle", "upsample_nearest2d", "slice", "select"),
+    *("dropout", "pixel_shuffle", "upsample_nearest2d", "slice", "select", "_unsafe_view", "unflatten"),
 }
 _COMPUTING = {
     *("add", "mul", "cat", "avg_pool2d", "adaptive_avg_pool2d", "mean", "sigmoid", "leaky_relu"),

@@ -64,6 +64,7 @@ class Prune:
         TraceError: on a call, a model that cannot be traced.
 
     Example:
+        >>> import torch
         >>> from torch.utils.data import TensorDataset
         >>> from netwright.core.data import Data
         >>> split = lambda: TensorDataset(torch.rand(8, 4), torch.zeros(8).long())
@@ -135,8 +136,6 @@ class Prune:
         total = sum(map(len, units.values()))
         report(0.9, f"removing {total} units")
         smaller = graph.shrink(model, units).eval()
-        for parameter in smaller.parameters():
-            parameter.grad = None
         report(1.0, f"removed {total} of {sum(group.size for group in graph.groups)} units")
         return smaller
 

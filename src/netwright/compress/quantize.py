@@ -145,7 +145,9 @@ def trace(model: nn.Module, task: Task) -> fx.GraphModule:
     """A copy of ``model`` as a graph of aten operations that trains and deep-copies like any module."""
     program = export_model(model, task.example())
     if any(_is_in_place(node) for node in program.graph.nodes):
-        program = program.run_decompositions({})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, about its own
+            program = program.run_decompositions({})
     exported = program.module()
     for node in list(exported.graph.nodes):
         if node.op == "call_module" or (node.op == "get_attr" and not node.users):  # checks of input shapes, leftovers

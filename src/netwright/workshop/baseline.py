@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from netwright.core.artifact import load_weights, save_weights
 from netwright.core.cost import measure_onnx
+from netwright.core.data import Data
 from netwright.core.evaluate import evaluate, predict
 from netwright.core.fit import Record, fit
 from netwright.core.graph.export import export_model
@@ -30,6 +31,7 @@ __all__ = ["Baseline", "make_baseline", "plain"]
 
 _WEIGHTS, _MODEL, _RECORD = "baseline.safetensors", "baseline.onnx", "baseline.json"
 _TIMED_STEPS = 4
+_TIMED_ITEMS = 128
 _REMEMBERED = 16_000_000  # elements of the teacher's outputs
 
 
@@ -43,8 +45,8 @@ class Baseline:
         artifact: it as an ONNX model.
         epoch_seconds: time of an epoch of training on one thread.
         history: record of its training, empty when it came trained.
-        teacher: what recovery imitates: its outputs on the training split where they are always the same and small,
-            else the model.
+        teacher: what recovery imitates: its outputs on the training split where they are always the same,
+            the model itself where the data are drawn anew each time, None where imitating costs too much time.
     """
 
     model: nn.Module
@@ -52,11 +54,17 @@ class Baseline:
     artifact: bytes
     epoch_seconds: float
     history: tuple[dict[str, Any], ...]
-    teacher: nn.Module | Tensor
+    teacher: nn.Module | Tensor | None
 
 
 def make_baseline(
-    run: RunDirectory, task: Task, recipe: Recipe, seed: int, measuring: Measuring, progress: Progress
+    run: RunDirectory,
+    task: Task,
+    recipe: Recipe,
+    seed: int,
+    measuring: Measuring,
+    progress: Progress,
+    teacher_seconds: float,
 ) -> Baseline:
     """Train (or take), export, score and measure the baseline; or read what an earlier call left in ``run``.
 
@@ -89,7 +97,7 @@ def make_baseline(
         artifact=(run.path / _MODEL).read_bytes(),
         epoch_seconds=record["epoch_seconds"],
         history=tuple(record["history"]),
-        teacher=_teacher(model, task),
+        teacher=_teacher(model, task, teacher_seconds),
     )
 
 
@@ -110,14 +118,30 @@ def plain(record: Record) -> dict[str, Any]:
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
 
 
-def _teacher(model: nn.Module, task: Task) -> nn.Module | Tensor:
-    if task.fit is not None or type(task.data.train) is not TensorDataset:
+def _teacher(model: nn.Module, task: Task, seconds: float) -> nn.Module | Tensor | None:
+    """The teacher's outputs, computed once; they may take ``seconds``."""
+    train = task.data.train
+    if task.fit is not None or type(train) is not TensorDataset:
         return model
-    sample = task.outputs(model, task.example(1))
-    if not isinstance(sample, Tensor) or sample.numel() * len(task.data.train) > _REMEMBERED:
+    count = min(_TIMED_ITEMS, len(train))
+    predict(model, _first(task, count), "train")  # warms up
+    start = time.perf_counter()
+    sample, _ = predict(model, _first(task, count), "train")
+    expected = (time.perf_counter() - start) * len(train) / count
+    if not isinstance(sample, Tensor) or sample.numel() * len(train) / count > _REMEMBERED:
         return model
+    if expected > seconds:
+        return None
     outputs, _ = predict(model, task, "train")
     return outputs if isinstance(outputs, Tensor) else model
+
+
+def _first(task: Task, count: int) -> Task:
+    """The task with only the first training items."""
+    train = task.data.train
+    assert isinstance(train, TensorDataset)
+    part = TensorDataset(*(tensor[:count] for tensor in train.tensors))
+    return dataclasses.replace(task, data=Data(part, task.data.val, task.data.test))
 
 
 def _epoch_seconds(model: nn.Module, task: Task, recipe: Recipe) -> float:

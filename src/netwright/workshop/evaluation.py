@@ -109,8 +109,7 @@ class Subject:
     Args:
         task: the task.
         model: the baseline, trained.
-        teacher: what recovery imitates: the baseline, or its outputs on the training split where they are
-            always the same.
+        teacher: what recovery imitates: the baseline, or its outputs on the training split, or nothing.
         artifact: the baseline as an ONNX model.
         recipe: how candidates are trained.
         epoch_seconds: time of one epoch of the baseline on one thread.
@@ -120,7 +119,7 @@ class Subject:
 
     task: Task
     model: nn.Module
-    teacher: nn.Module | Tensor
+    teacher: nn.Module | Tensor | None
     artifact: bytes
     recipe: Recipe
     epoch_seconds: float

@@ -20,7 +20,8 @@ __all__ = ["Plan", "default_workers", "make_plan", "prunable"]
 _RECORD = "plan.json"
 _FINAL_SHARE = 0.35  # of the time after the baseline goes into full recovery
 _CANDIDATES = 32  # evaluations aimed at
-_LEAST_SECONDS = 1.0  # of training for one candidate
+_LEAST_SECONDS = 1.5  # of training for one candidate
+_HANDLING_SECONDS = 3.5  # of tracing, exporting, scoring and measuring it
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def make_plan(
         left = max(budget - elapsed, 0.0)
         final = _FINAL_SHARE * left
         count = workers or default_workers()
-        seconds = max(_LEAST_SECONDS, (left - final) * count / _CANDIDATES / 2)
+        seconds = max(_LEAST_SECONDS, (left - final) * count / _CANDIDATES - _HANDLING_SECONDS)
         run.write(
             _RECORD,
             {

@@ -1,6 +1,9 @@
 """One stretch of a run, from its start or resume to its end."""
 
+import math
+import resource
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +29,7 @@ __all__ = ["Session", "make_engine"]
 _TICK = 0.25  # seconds between looks at the clock
 _CLOSING = 8.0  # seconds that the last measurements, the artifacts and the report take
 _FINALISTS = 2  # candidates for each worker that are recovered in full
+_TEACHER_SHARE = 0.1  # of the budget may go into the teacher's outputs
 _CLOCK = "clock.json"
 
 
@@ -63,6 +67,7 @@ class Session:
     _start: float = field(default_factory=time.perf_counter, init=False)
     _before: float = field(default=0.0, init=False)
     _findings: Findings | None = field(default=None, init=False)
+    _phases: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if self.run.has(_CLOCK):
@@ -74,22 +79,35 @@ class Session:
 
     def go(self) -> dict[str, Any]:
         """All phases; the content of ``result.json``."""
-        baseline = make_baseline(self.run, self.task, self.recipe, self.seed, self.measuring, self._training)
+        share = self.budget * _TEACHER_SHARE
+        baseline = make_baseline(self.run, self.task, self.recipe, self.seed, self.measuring, self._training, share)
+        self._mark("baseline")
         self._tell("choosing the operand types by measurement")
         plan = make_plan(
             self.run, self.task, baseline, self.graph, self.workers, self.budget, self.elapsed(), self.measuring
         )
         study = Study(self.run, plan.space, baseline.point, self.limits, self.keep, self.seed)
         self._findings = Findings(self.run, self.task, self.name, self.limits, self.keep, self.seed, baseline, study)
+        self._mark("plan")
         engine = make_engine(self.engine, self._subject(baseline), plan.workers)
         try:
             self._search(engine, study, plan, self._findings)
+            self._mark("search")
             finals = self._finals(engine, study, plan, baseline)
+            self._mark("finals")
         finally:
             engine.close()
         self._tell("measuring and testing the chosen model")
         self._save_clock()
-        return conclude(self._findings, finals, self.recipe, self.measuring, self.elapsed)
+        result = conclude(self._findings, finals, self.recipe, self.measuring, self.elapsed)
+        self._mark("closing")
+        busy = math.fsum(entry.seconds for entry in study.entries) + math.fsum(outcome.seconds for outcome in finals)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.run.write(
+            "phases.json",
+            {"seconds": self._phases, "busy_s": busy, "workers": plan.workers, "peak_memory_bytes": peak},
+        )
+        return result
 
     def interrupted(self) -> dict[str, Any]:
         """Leave a valid result behind; its content."""
@@ -184,6 +202,10 @@ class Session:
             outcomes.extend(arrived)
             self._tell(f"full recovery of the {total} most promising, {len(outcomes)} done")
         return outcomes
+
+    def _mark(self, phase: str) -> None:
+        """Note how long the phase took that ends here."""
+        self._phases[phase] = self.elapsed() - self._before - math.fsum(self._phases.values())
 
     def _headline(self, study: Study) -> str:
         assert self._findings is not None

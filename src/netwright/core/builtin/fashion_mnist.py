@@ -63,10 +63,10 @@ def task() -> Task:
         loss=functional.cross_entropy,
         score=accuracy,
         recipe=Recipe(
-            epochs=1,
-            batch_size=128,
-            optimizer_settings={"lr": 3e-3, "fused": True},
-            schedule_settings={"max_lr": 3e-3},
+            epochs=0.6,
+            batch_size=64,
+            optimizer_settings={"lr": 2e-3, "fused": True},
+            schedule_settings={"max_lr": 2e-3},
         ),
         description="Clothes of 28x28 pixels in ten classes; the score is accuracy.",
     )

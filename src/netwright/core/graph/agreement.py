@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from netwright.core.data import Inputs
 from netwright.core.graph.export import arguments
 
-__all__ = ["batch_of", "difference", "example", "inference", "outputs"]
+__all__ = ["batch_of", "difference", "example", "inference", "like", "outputs"]
 
 
 @contextmanager
@@ -48,10 +48,16 @@ def batch_of(inputs: Inputs, count: int) -> Inputs:
     return taken
 
 
+def like(inputs: Inputs, model: nn.Module) -> Inputs:
+    """``inputs`` on the device of the model's first parameter, their numbers of its type (``model.double()``)."""
+    first = next(iter(model.parameters()), torch.empty(0))
+    moved: Inputs = _map(inputs, lambda t: t.to(first.device, first.dtype if t.is_floating_point() else t.dtype))
+    return moved
+
+
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """All tensors that the model returns, in evaluation mode."""
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    args, kwargs = arguments(_map(inputs, lambda tensor: tensor.to(device)))
+    args, kwargs = arguments(inputs)
     with inference(model):
         return list(_leaves(model(*args, **kwargs)))
 

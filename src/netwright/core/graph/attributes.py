@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-__all__ = ["LEAVES", "fit_attributes"]
+__all__ = ["LEAVES", "fit_attributes", "knows_its_sizes", "submodule"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -56,9 +56,27 @@ def fit_attributes(model: nn.Module, literals: Mapping[str, Mapping[str, object]
             shape = weight.shape if isinstance(weight, Tensor) else own.get("normalized_shape")
             if isinstance(shape, tuple | list):
                 module.normalized_shape = tuple(int(size) for size in shape)
-        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor):
-            module.nx, module.nf = weight.shape  # the transposed linear layer of GPT-2
+        elif _is_transposed_linear(module) and isinstance(weight, Tensor):
+            module.nx, module.nf = weight.shape
+
+
+def knows_its_sizes(module: nn.Module) -> bool:
+    """Whether :func:`fit_attributes` sets the sizes of this module from its parameters."""
+    return isinstance(module, LEAVES) or _is_transposed_linear(module)
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """The linear layer of GPT-2 in Transformers, whose weight is ``(in, out)``."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _int(value: object, default: int) -> int:
     return value if isinstance(value, int) else default
+
+
+def submodule(source: nn.Module, path: str) -> nn.Module | None:
+    """The module of that name, None where there is none (a graph may remember modules that a model no longer has)."""
+    try:
+        return source.get_submodule(path)
+    except AttributeError:
+        return None

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from netwright.core.data import Inputs
 from netwright.core.errors import NothingToPruneError, TransformError
-from netwright.core.graph.agreement import difference, example, inference
+from netwright.core.graph.agreement import difference, example, inference, like
 from netwright.core.graph.attributes import fit_attributes
 from netwright.core.graph.export import export_model
 from netwright.core.graph.groups import Blocked, Group, find_blocked, find_groups
@@ -113,25 +113,19 @@ class Graph:
         lengths = changed_lengths(graph.graph, self._walk.values, self._walk.constraints, removed)
         fit_attributes(native, literals(graph.graph))
         rebuilt = rebuild(graph, native)
+        inputs = like(self._inputs, model)
         exact = all(self.group(name).exact for name in units)
         reference = self.zero(model, units) if exact else rebuilt
-        wrong = difference(reference, rebuilt, self._inputs, _AGAINST_ZEROED)
+        wrong = difference(reference, rebuilt, inputs, _AGAINST_ZEROED)
         if wrong:
-            return self._only_native(native, reference, wrong, exact)
+            if exact and not difference(reference, native, inputs, _AGAINST_ZEROED):
+                return native
+            raise TransformError(_undescribed(type(model).__name__, wrong))
 
         def works() -> bool:
-            return not difference(rebuilt, native, self._inputs, _AGAINST_REBUILT)
+            return not difference(rebuilt, native, inputs, _AGAINST_REBUILT)
 
         return native if works() or patch(native, lengths, works) else rebuilt
-
-    def _only_native(self, native: nn.Module, reference: nn.Module, wrong: str, exact: bool) -> nn.Module:
-        """The model's own class, where the rewritten graph does not run or is not right."""
-        if exact and not difference(reference, native, self._inputs, _AGAINST_ZEROED):
-            return native
-        raise TransformError(
-            f"{type(native).__name__} cannot be shrunk: without these units {wrong[:300]}. An operation's rule, or the "
-            "one that rewrites its lengths, does not describe it; see netwright.core.graph.register_rule."
-        )
 
     def _removed(self, units: Units) -> npt.NDArray[np.bool_]:
         labels = [self.group(name).labels[_checked(self.group(name), chosen)] for name, chosen in units.items()]
@@ -184,6 +178,13 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
         program = export_model(model, inputs)
     found = walk(program, model)
     return Graph(program, inputs, found, solve(found.constraints))
+
+
+def _undescribed(name: str, wrong: str) -> str:
+    return (
+        f"{name} cannot be shrunk: without these units {wrong[:300]}. An operation's rule, or the one that rewrites its "
+        "lengths, does not describe it; see netwright.core.graph.register_rule."
+    )
 
 
 def _checked(group: Group, units: Sequence[int]) -> list[int]:

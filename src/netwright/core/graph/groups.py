@@ -87,19 +87,19 @@ def find_groups(walk: Walk, solution: Solution) -> tuple[Group, ...]:
     for unit, entries in _signatures(labels, solution).items():
         if unit in producer:
             alike[tuple(entries), bool(solution.inexact[unit]), unit in heads].append(unit)
+    ordered = {key: sorted(units, key=lambda unit: producer[unit]) for key, units in alike.items()}
     found = [
-        (min(producer[unit] for unit in units), signature, inexact, head, np.array(units, dtype=np.int64))
-        for (signature, inexact, head), units in alike.items()
+        (producer[units[0]], signature, inexact, head, np.array(units, dtype=np.int64))
+        for (signature, inexact, head), units in ordered.items()
         if len(units) > 1
     ]
     used: Counter[str] = Counter()
     groups = []
     for first, signature, inexact, head, units in sorted(found, key=lambda item: item[:4]):
-        made = walk.constraints.producers[first]
+        made = walk.constraints.producers[first[0]]
         kind: Kind = "heads" if head else "channels" if made.kind == "channels" else "units"
         used[made.module] += 1
         unique = made.module if used[made.module] == 1 else f"{made.module}:{used[made.module]}"
-        units = _in_order(units, labels[signature[0][0]])
         places = tuple(Place(*where[at], _index(units, labels[at], count)) for at, count in signature)
         groups.append(Group(unique, units.size, not inexact, kind, places, units))
     return tuple(groups)
@@ -140,18 +140,14 @@ def _units(atoms: Iterable[IntArray], solution: Solution) -> set[int]:
     return {unit for part in atoms for unit in np.unique(solution.label[part]).tolist()}
 
 
-def _first_producer(walk: Walk, solution: Solution) -> dict[int, int]:
-    first: dict[int, int] = {}
+def _first_producer(walk: Walk, solution: Solution) -> dict[int, tuple[int, int]]:
+    """For every unit the producer that comes first, and which of its entries."""
+    first: dict[int, tuple[int, int]] = {}
     for position, producer in enumerate(walk.constraints.producers):
-        for unit in np.unique(solution.label[producer.atoms]).tolist():
-            first.setdefault(unit, position)
+        units, entries = np.unique(solution.label[producer.atoms], return_index=True)
+        for unit, entry in zip(units.tolist(), entries.tolist(), strict=True):
+            first.setdefault(unit, (position, entry))
     return first
-
-
-def _in_order(units: IntArray, entries: IntArray) -> IntArray:
-    """Units in the order of their first entries."""
-    unique, first = np.unique(entries, return_index=True)
-    return units[np.argsort(first[np.searchsorted(unique, units)], kind="stable")]
 
 
 def _index(units: IntArray, entries: IntArray, count: int) -> IntArray:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
 from torch import fx, nn
 
-from netwright.core.graph.attributes import LEAVES
+from netwright.core.graph.attributes import knows_its_sizes, submodule
 from netwright.core.graph.call import Answer
 from netwright.core.graph.constraints import Constraints
 from netwright.core.graph.resize import Edit
@@ -17,7 +18,8 @@ __all__ = ["Lengths", "changed_lengths", "patch"]
 Lengths = Mapping[str, Mapping[int, frozenset[int]]]
 """For module names the lengths that have changed in their ``forward``, and what they have become."""
 
-_MOST = 8  # attribute names tried; each costs a handful of forward passes
+_FEW = 5  # attribute names of which all subsets are tried; each costs a forward pass or two
+_MOST = 10  # attribute names that are tried at all
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +53,7 @@ def patch(model: nn.Module, lengths: Lengths, works: Callable[[], bool]) -> bool
     """Try to bring plain integer attributes in line with the new lengths, until the model works.
 
     Candidates are attributes of the modules in whose ``forward`` a length has changed, with exactly the old value.
-    They are tried by name and class, all together first, then all but one, then one alone; what does not help is
-    undone.
+    They are tried by name and class, all together first, then fewer; what does not help is undone.
 
     Args:
         model: changed in place, and only if that helps.
@@ -61,8 +62,8 @@ def patch(model: nn.Module, lengths: Lengths, works: Callable[[], bool]) -> bool
     """
     candidates: dict[tuple[type[nn.Module], str], list[_Attribute]] = {}
     for owner, changes in lengths.items():
-        module = model.get_submodule(owner)
-        if isinstance(module, LEAVES):
+        module = submodule(model, owner)
+        if module is None or knows_its_sizes(module):
             continue
         for name, value in vars(module).items():
             new = changes.get(value, frozenset()) if type(value) is int else frozenset()
@@ -82,9 +83,8 @@ def patch(model: nn.Module, lengths: Lengths, works: Callable[[], bool]) -> bool
 
 
 def _subsets(groups: list[list[_Attribute]]) -> Iterator[list[_Attribute]]:
-    yield [attribute for group in groups for attribute in group]
-    if len(groups) > 2:
-        for left_out in range(len(groups)):
-            yield [a for position, group in enumerate(groups) if position != left_out for a in group]
-    if len(groups) > 1:
-        yield from groups
+    """Larger sets first; of many candidates only those that lack one, and single ones."""
+    sizes = range(len(groups), 0, -1) if len(groups) <= _FEW else (len(groups), len(groups) - 1, 1)
+    for size in sizes:
+        for chosen in combinations(groups, size):
+            yield [attribute for group in chosen for attribute in group]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from netwright.core.graph.attributes import LEAVES
+from netwright.core.graph.attributes import LEAVES, submodule
 from netwright.core.graph.resize import Edit
 from netwright.core.graph.table import resize_rule_for
 from netwright.core.graph.walk import Walk
@@ -114,7 +114,7 @@ def _modularize(module: fx.GraphModule, node: fx.Node, source: nn.Module) -> Non
     """Put the module back in the place of the operation that was all of its ``forward``."""
     operation = _operation(node)
     owner = _owner(node)
-    leaf = _submodule(source, owner)
+    leaf = submodule(source, owner)
     if leaf is not None and type(leaf) in LEAVES and getattr(leaf, "padding_mode", "zeros") == "zeros":
         data, *rest = reversed(node.args[:2]) if operation == "embedding" else node.args
         if operation in _LEAF_OPERATIONS and _all_held_by(leaf, rest, source):
@@ -148,13 +148,6 @@ def _operation(node: fx.Node) -> str:
 def _owner(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     return str(list(stack.values())[-1][0]) if stack else ""
-
-
-def _submodule(source: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return source.get_submodule(path)
-    except AttributeError:
-        return None
 
 
 def _all_held_by(leaf: nn.Module, arguments: Any, source: nn.Module) -> bool:

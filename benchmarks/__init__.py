@@ -1,0 +1,1 @@
+"""Benchmarks: every figure of the README, written with its environment to RESULTS.md."""

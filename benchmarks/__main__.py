@@ -1,0 +1,121 @@
+"""``python -m benchmarks``: measure every figure of the README and write benchmarks/RESULTS.md.
+
+Each part runs in processes of its own, one after the other; figures are ratios to a baseline measured in the same
+process. ``--only digits`` runs one part, ``--seeds`` chooses the seeds, and what earlier calls measured is kept.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from netwright.core.machine import machine
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/bench")
+DIGITS = ["digits", "--target", "latency<=0.2x", "--keep", "score>=-0.01"]
+FASHION = ["fashion-mnist", "--target", "latency<=0.1x", "--keep", "score>=-0.01", "--budget", "10m"]
+
+
+def optimize(name: str, words: list[str], seed: int) -> dict[str, Any]:
+    """One run of ``netwright optimize`` and what it says of itself."""
+    out = RUNS / f"{name}-{seed}"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "netwright", "optimize", *words, "--seed", str(seed), "--out", str(out)]
+    start = time.perf_counter()
+    done = subprocess.run(command, check=False)
+    wall = time.perf_counter() - start
+    if done.returncode not in (0, 3):
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
+    result = json.loads((out / "result.json").read_text())
+    phases = json.loads((out / "phases.json").read_text())
+    seconds = phases["seconds"]
+    useful = seconds["baseline"] + seconds["plan"] + seconds["closing"] + phases["busy_s"] / phases["workers"]
+    return {
+        "seed": seed,
+        "status": result["status"],
+        "latency": result["ratios"]["latency"],
+        "size": result["ratios"]["size"],
+        "test_baseline": result["baseline"]["score"]["test"],
+        "test_drop": None if result["score_drop"] is None else result["score_drop"]["test"],
+        "evaluations": result["evaluations"],
+        "failed": result["failed"],
+        "wall_s": wall,
+        "overhead": 1 - useful / wall,
+        "parent_memory_gb": phases["peak_memory_bytes"] / 1e9,
+        "search_s": seconds["search"] + seconds["finals"],
+    }
+
+
+def peer(seed: int) -> dict[str, Any]:
+    """The scripted peer on the baseline of the digits run, with the time that its search and recovery had."""
+    run = RUNS / f"digits-{seed}"
+    phases = json.loads((run / "phases.json").read_text())["seconds"]
+    command = [sys.executable, str(HERE / "peer.py"), str(run), f"{phases['search'] + phases['finals']:.1f}"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    ours = json.loads((run / "result.json").read_text())["ratios"]["latency"]
+    return {"seed": seed, **found, "ours_over_peer": ours / found["latency"]}
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown table, with a last row of medians."""
+    names = list(rows[0])
+    numbers = [name for name in names if name != "seed" and isinstance(rows[0][name], int | float)]
+    medians = {name: statistics.median(row[name] for row in rows if row[name] is not None) for name in numbers}
+    body = [[_text(row[name]) for name in names] for row in rows]
+    body.append(["median", *(_text(medians.get(name, "")) for name in names[1:])])
+    return ["| " + " | ".join(row) + " |" for row in [names, ["---"] * len(names), *body]]
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write(results: dict[str, list[dict[str, Any]]]) -> None:
+    """RESULTS.md from everything measured so far."""
+    titles = {
+        "digits": "The demo: " + " ".join(DIGITS),
+        "peer": "The scripted peer (benchmarks/peer.py) with the same baseline, time and score floor",
+        "fashion": "Fashion-MNIST: " + " ".join(FASHION),
+    }
+    lines = ["# Results", "", "Written by `make bench`. Ratios are to the baseline, measured in one process.", ""]
+    lines += [f"- {name}: {value}" for name, value in machine().items()] + [""]
+    for name, title in titles.items():
+        if results.get(name):
+            lines += [f"## {title}", "", *table(results[name]), ""]
+    (HERE / "RESULTS.md").write_text("\n".join(lines))
+
+
+def main() -> None:
+    """Run the parts that were asked for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "--only", choices=["digits", "peer", "fashion"], nargs="*", default=["digits", "peer", "fashion"]
+    )
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    options = parser.parse_args()
+    stored = HERE / "results.json"
+    results: dict[str, list[dict[str, Any]]] = json.loads(stored.read_text()) if stored.exists() else {}
+    parts: dict[str, Callable[[int], dict[str, Any]]] = {
+        "digits": lambda seed: optimize("digits", DIGITS, seed),
+        "peer": peer,
+        "fashion": lambda seed: optimize("fashion", FASHION, seed),
+    }
+    for name in options.only:
+        rows = [row for row in results.get(name, []) if row["seed"] not in options.seeds]
+        for seed in options.seeds:
+            rows.append(parts[name](seed))
+            results[name] = sorted(rows, key=lambda row: row["seed"])
+            stored.write_text(json.dumps(results, indent=1) + "\n")
+            write(results)
+
+
+if __name__ == "__main__":
+    main()
