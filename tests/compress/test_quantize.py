@@ -3,6 +3,7 @@
 import collections
 import copy
 import io
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -491,8 +492,13 @@ def test_channel_of_tiny_weights_and_a_bias_fits_32_bits(tmp_path):
 # Choice of types
 
 
-def test_types_are_chosen_by_measurement(digits):
-    found = fastest_int8(digits.model, digits, seconds=0.05)
+@pytest.fixture(scope="module")
+def measured(digits):
+    return fastest_int8(digits.model, digits, seconds=0.05)
+
+
+def test_types_are_chosen_by_measurement(measured):
+    found = measured
     rows = {(row.activation, row.weight, row.reduce_range): row for row in found.table}
     assert {("uint8", "int8", False), ("int8", "int8", False), ("uint8", "uint8", False)} <= set(rows)
     assert all(row.ratio.median > 0 for row in found.table)
@@ -516,18 +522,15 @@ def test_other_types_stand_for_the_same_numbers(digits, quantized, tmp_path):
         assert float((found - direct).norm() / expected.norm()) < 0.01
 
 
-def test_wrong_numbers_are_never_chosen(digits):
-    table = fastest_int8(digits.model, digits, seconds=0.02).table
+def test_wrong_numbers_are_never_chosen(measured):
     quick = Ratio(0.1, 0.1, 0.1, False, 1.0, 10)
-    wrong = [copy.copy(row) for row in table]
-    for row in wrong:
-        object.__setattr__(row, "right", row.activation == "int8")
-        object.__setattr__(row, "ratio", row.ratio if row.right else quick)
+    wrong = [
+        replace(row, right=row.activation == "int8", ratio=row.ratio if row.activation == "int8" else quick)
+        for row in measured.table
+    ]
     assert _choose(Int8(), wrong).activation == "int8"
-    for row in wrong:
-        object.__setattr__(row, "right", False)
     with pytest.raises(TransformError, match="no pair of integer types"):
-        _choose(Int8(), wrong)
+        _choose(Int8(), [replace(row, right=False) for row in wrong])
 
 
 # Bad input

@@ -16,7 +16,8 @@ from public_names import PACKAGES, Export, described, exports, imports, public_m
 from results_page import MARK, NOTHING, with_results
 
 import netwright
-from netwright.cli.commands import app
+from netwright.cli import main
+from netwright.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -112,6 +113,7 @@ def test_results_are_shown_where_they_are_there() -> None:
 def test_the_page_of_the_command_line_has_every_command_and_option() -> None:
     text = (DOCS / "cli.md").read_text()
     sections = {part.split()[1]: part for part in text.split("\n## ") if part.startswith("netwright ")}
+    assert callable(main), "importing it registered the commands"
     group = typer.main.get_command(app)
     assert set(sections) == set(group.commands)
     for name, command in group.commands.items():

@@ -75,7 +75,18 @@ def test_the_files_that_the_tutorial_names_are_there(tutorial: tuple[Path, str])
     folder, _ = tutorial
     named = set(re.findall(r"`(\w+\.(?:json|onnx|pt2|safetensors|html))`", TUTORIAL.read_text()))
     assert {"model.onnx", "model.pt2", "result.json", "report.html"} <= named
-    assert {path.name for path in (folder / "runs" / "mine").iterdir()} >= named
+    assert _files(folder) >= named
+
+
+def test_the_page_of_the_command_line_names_every_file_of_a_run(tutorial: tuple[Path, str]) -> None:
+    table = (ROOT / "docs" / "cli.md").read_text().split("## The run directory")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert listed == _files(tutorial[0]) | {"baseline.checkpoint"}, "which is there while the baseline trains"
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "runs" / "mine").iterdir() if not path.name.startswith(".")}
 
 
 def test_the_example_in_the_readme(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from netwright.core.errors import NothingToPruneError, TraceError, TransformError
 from netwright.core.graph import Call, Graph, UnprovableError, Value, register_rule, trace
 from netwright.core.graph.agreement import outputs
+from netwright.core.graph.rebuild import rebuild, resized
 from netwright.core.graph.rules import pointwise
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -132,6 +134,17 @@ def test_cached_generation_is_put_aside_while_tracing_only() -> None:
     assert model.config.use_cache
     assert small.config.use_cache
     assert small(**inputs).past_key_values is not None
+
+
+def test_a_rebuilt_graph_makes_its_tensors_where_the_model_is() -> None:
+    model, inputs = build("hf-bert")
+    graph = trace(model, inputs)
+    module = resized(graph.program, graph._walk, np.zeros(graph._walk.constraints.count, dtype=np.bool_))
+    rebuilt = rebuild(module, copy.deepcopy(model).to("meta"))
+    makers = [node for node in rebuilt.graph.nodes if "arange" in str(node.target)]
+    assert len(makers) > 0
+    assert {str(node.kwargs["device"]) for node in makers} == {"meta"}
+    assert rebuilt(**{key: tensor.to("meta") for key, tensor in inputs.items()}).logits.device.type == "meta"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """The command line: thin, without logic of its own."""
 
-from netwright.cli.app import main
+from netwright.cli.main import main
 
 __all__ = ["main"]

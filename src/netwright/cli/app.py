@@ -1,14 +1,10 @@
-"""The commands, and how errors end them."""
-
-import sys
+"""The command line's root."""
 
 import typer
-from rich.console import Console
 
-from netwright.core.errors import NetwrightError
 from netwright.version import __version__
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 app = typer.Typer(
     name="netwright",
@@ -25,21 +21,3 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
     if version:
         typer.echo(f"netwright {__version__}")
         raise typer.Exit
-
-
-def main() -> None:
-    """Run the command line: 0 done, 2 a user error, 3 a target not met, 130 interrupted."""
-    from netwright.cli import commands  # importing it registers the commands
-
-    assert commands.app is app
-    try:
-        app()
-    except NetwrightError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]Error:[/] {_plain(str(error))}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")

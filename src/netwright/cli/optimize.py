@@ -54,7 +54,7 @@ def optimize_command(
     if dry:
         limits, floor, seconds = parse_targets(target), parse_keep(keep), parse_budget(budget)
         job = Job(task, limits, floor, seconds, place, seed, engine.value, workers, evaluations)
-        for line in dry_run(job):
+        for line in dry_run(job, resume=resume):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended politely, it leaves a valid result too

@@ -59,8 +59,8 @@ def grid(low: float, high: float, integers: Integers) -> tuple[float, int]:
     """Scale and zero point with which ``integers`` span ``[low, high]``, zero being one of the steps.
 
     Example:
-        >>> grid(-1.0, 4.1, Integers(0, 255))
-        (0.02, 50)
+        >>> grid(-64.0, 191.0, Integers(0, 255))
+        (1.0, 64)
     """
     low, high = min(low, 0.0), max(high, 0.0)
     scale = (high - low) / (integers.high - integers.low)

@@ -72,7 +72,7 @@ class Int8:
     Example:
         >>> from torch.utils.data import TensorDataset
         >>> from netwright.core.data import Data
-        >>> split = lambda: TensorDataset(torch.rand(8, 4), torch.zeros(8).long())
+        >>> split = lambda: TensorDataset(torch.ones(8, 4), torch.zeros(8).long())
         >>> data = Data(split(), split(), split())
         >>> task = Task("tiny", nn.Linear(4, 2), data, nn.functional.cross_entropy, lambda o, t: 0.0)
         >>> small = Int8()(task.build(), task)

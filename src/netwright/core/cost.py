@@ -23,6 +23,7 @@ from netwright.core.timing import Latency, Ratio, compare_calls, percentiles, ti
 __all__ = ["Cost", "Latency", "Ratio", "Runtime", "compare", "compare_onnx", "measure", "measure_onnx"]
 
 Runtime: TypeAlias = Literal["onnxruntime", "torch"]
+"""What runs the model: ONNX Runtime on the exported file, or torch in eager mode."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from netwright.core.errors import DataError
 __all__ = ["Batch", "Data", "Dataset", "Inputs", "batches", "call", "first_inputs", "stack", "to_device"]
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""What a model is called with: a tensor, a tuple (``model(*inputs)``) or a mapping (``model(**inputs)``)."""
 Batch: TypeAlias = tuple[Inputs, Tensor]
+"""Inputs and targets of several items."""
 
 
 @runtime_checkable

@@ -16,7 +16,9 @@ from torch import Tensor
 __all__ = ["DOMAIN", "OPERATION", "translations"]
 
 DOMAIN = "netwright"
+"""Domain of the private ONNX operation; no written file holds it."""
 OPERATION = "FakeQuantize"
+"""Name of the private ONNX operation."""
 
 
 def _shapes(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,9 @@ from netwright.core.recipe import Recipe
 __all__ = ["FILE_MODULE", "EvaluateFunction", "FitFunction", "Loss", "Score", "Task", "builtin_tasks", "load_task"]
 
 Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
+"""``loss(output, target)``: a scalar tensor to be made small."""
 Score: TypeAlias = Callable[[Any, Tensor], Any]
+"""``score(outputs, targets)`` of a whole split, higher is better; or a torchmetrics ``Metric``."""
 
 FILE_MODULE = "_netwright_task_"
 """Prefix of the module name that a task file is imported under."""

@@ -25,7 +25,9 @@ __all__ = [
 ]
 
 TIMES = "\N{MULTIPLICATION SIGN}"
+"""The sign after a ratio."""
 MINUS = "\N{MINUS SIGN}"
+"""The sign before a negative number."""
 
 COST_NAMES: Mapping[Cost, str] = {
     "latency": "Latency",

@@ -105,7 +105,11 @@ def parse_result(fields: Fields) -> Result:
 
 def _read_result(path: Path, remarks: list[str]) -> Result | None:
     try:
-        return parse_result(load_object(path, _RESUME))
+        fields = load_object(path, _RESUME)
+        if fields.has("baseline") or fields.text("status") != "interrupted":
+            return parse_result(fields)
+        remarks.append("The run was stopped before its baseline was measured.")
+        return None
     except FileNotFoundError:
         remarks.append("There is no result.json: the run is still going, or was killed. What follows is what is known.")
         return None

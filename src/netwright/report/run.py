@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 Cost = Literal["latency", "size", "memory", "macs", "parameters"]
+"""The name of a cost."""
 
 COSTS: tuple[Cost, ...] = ("latency", "size", "memory", "macs", "parameters")
 """The costs of a point, in the order in which the report shows them; lower is better for each."""

@@ -3,8 +3,9 @@
 from netwright.workshop.dry import dry_run
 from netwright.workshop.engine import Engine
 from netwright.workshop.evaluation import Measuring
-from netwright.workshop.job import Job, run_job
+from netwright.workshop.job import Job
 from netwright.workshop.point import Point, Step
+from netwright.workshop.run import run_job
 from netwright.workshop.target import Keep, Limit, parse_budget, parse_keep, parse_targets
 
 __all__ = [

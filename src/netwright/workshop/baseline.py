@@ -23,7 +23,7 @@ from netwright.core.recipe import Recipe
 from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.core.transform import Progress
-from netwright.workshop.evaluation import Measuring
+from netwright.workshop.job import Job
 from netwright.workshop.point import Point
 from netwright.workshop.quiet import QuietRoom
 
@@ -58,18 +58,13 @@ class Baseline:
 
 
 def make_baseline(
-    run: RunDirectory,
-    task: Task,
-    recipe: Recipe,
-    seed: int,
-    measuring: Measuring,
-    progress: Progress,
-    teacher_seconds: float,
+    run: RunDirectory, job: Job, task: Task, recipe: Recipe, progress: Progress, teacher_seconds: float
 ) -> Baseline:
     """Train (or take), export, score and measure the baseline; or read what an earlier call left in ``run``.
 
     Training that was interrupted goes on from its checkpoint.
     """
+    seed, measuring = job.seed, job.measuring
     model = task.build(seed)
     if not run.has(_RECORD):
         history = _train(run, model, task, recipe, seed, progress)

@@ -2,19 +2,27 @@
 
 from netwright.core.graph.macs import count_parameters, total_macs
 from netwright.core.recipe import Recipe
-from netwright.workshop.job import Job, prepare
+from netwright.core.rundir import RunDirectory
+from netwright.workshop.job import Job
 from netwright.workshop.plan import default_workers, prunable
+from netwright.workshop.run import prepare
 from netwright.workshop.space import Space
 
 __all__ = ["dry_run"]
 
 
-def dry_run(job: Job) -> list[str]:
+def dry_run(job: Job, *, resume: bool = False) -> list[str]:
     """What a run would do, line by line; the task is loaded, checked and traced, nothing is trained or written.
+
+    Args:
+        job: what is asked for.
+        resume: whether the run would go on with the one in ``job.out``.
 
     Raises:
         NetwrightError: as the run itself would.
     """
+    run = RunDirectory(job.out)
+    run.check_old() if resume else run.check_new()
     task, graph = prepare(job)
     groups = prunable(graph)
     space = Space(groups, {})

@@ -18,14 +18,15 @@ from netwright.core.task import Task
 from netwright.version import __version__
 from netwright.workshop.baseline import Baseline, plain
 from netwright.workshop.choice import excess, front_of, front_volume, ranking, shortfall
-from netwright.workshop.evaluation import Measuring, Outcome, is_low_precision, rebuild, structure
+from netwright.workshop.evaluation import Outcome, is_low_precision, rebuild, structure
+from netwright.workshop.job import Job
 from netwright.workshop.layers import layer_table
 from netwright.workshop.point import Point, ratios
 from netwright.workshop.quiet import QuietRoom
 from netwright.workshop.study import Study
-from netwright.workshop.target import METRICS, Keep, Limit
+from netwright.workshop.target import METRICS
 
-__all__ = ["Findings", "conclude"]
+__all__ = ["RESULT", "Findings", "State", "conclude", "write_unbegun"]
 
 RESULT = "result.json"
 _FLOOR_DEPTH = 2.0  # the front's hypervolume counts scores down to this many times the loss that is accepted
@@ -39,20 +40,14 @@ class Findings:
     Args:
         run: the run directory.
         task: the task.
-        name: how the task was named.
-        limits: the targets.
-        keep: the floor of the score.
-        seed: the run's seed.
+        job: what was asked for.
         baseline: the baseline.
         study: every evaluation.
     """
 
     run: RunDirectory
     task: Task
-    name: str
-    limits: tuple[Limit, ...]
-    keep: Keep
-    seed: int
+    job: Job
     baseline: Baseline
     study: Study
 
@@ -64,25 +59,16 @@ class Findings:
         """Write ``result.json`` and return what it says."""
         base = replace(self.baseline.point, test=state.baseline_test, test_ci95=state.baseline_ci95)
         everything = [self.baseline.point, *self.points(), *([state.chosen] if state.chosen else [])]
-        floor = base.val + _FLOOR_DEPTH * min(self.keep.change, -1e-3)
-        found = machine()
+        floor = base.val + _FLOOR_DEPTH * min(self.job.keep.change, -1e-3)
         content = {
-            "schema": 1,
-            "netwright": __version__,
-            "task": self.name,
-            "seed": self.seed,
-            "status": state.status,
-            "explanation": state.explanation,
-            "target": {limit.metric: limit.text for limit in self.limits},
-            "keep": {"score": self.keep.text},
-            "machine": found,
+            **_heading(self.job, state.status, state.explanation),
             "baseline": base.to_dict(),
             "chosen": None if state.chosen is None else state.chosen.to_dict(),
             "ratios": dict.fromkeys(METRICS, 1.0) if state.chosen is None else ratios(state.chosen, base),
             "latency_ratio": None if state.ratio is None else asdict(state.ratio),
             "score_drop": state.drop,
-            "front": [point.to_dict() for point in front_of(everything, base, self.limits)],
-            "hypervolume": front_volume(everything, base, self.limits, floor),
+            "front": [point.to_dict() for point in front_of(everything, base, self.job.limits)],
+            "hypervolume": front_volume(everything, base, self.job.limits, floor),
             "evaluations": len(self.study.entries),
             "failed": self.study.failed,
             "wall_s": round(elapsed, 3),
@@ -95,6 +81,39 @@ class Findings:
         count = len(self.study.entries)
         sentence = f"The run was not finished: {count} candidates were evaluated. Go on with --resume."
         return self.write(State("interrupted", sentence), elapsed)
+
+
+def write_unbegun(run: RunDirectory, job: Job, elapsed: float) -> dict[str, Any]:
+    """Write ``result.json`` of a run that was stopped before its baseline was measured."""
+    content = {
+        **_heading(job, "interrupted", "Stopped before the baseline was measured. Go on with --resume."),
+        "baseline": None,
+        "chosen": None,
+        "ratios": None,
+        "latency_ratio": None,
+        "score_drop": None,
+        "front": [],
+        "hypervolume": 0.0,
+        "evaluations": 0,
+        "failed": 0,
+        "wall_s": round(elapsed, 3),
+    }
+    run.write(RESULT, content)
+    return content
+
+
+def _heading(job: Job, status: str, explanation: str) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "netwright": __version__,
+        "task": job.name,
+        "seed": job.seed,
+        "status": status,
+        "explanation": explanation,
+        "target": {limit.metric: limit.text for limit in job.limits},
+        "keep": {"score": job.keep.text},
+        "machine": machine(),
+    }
 
 
 @dataclass(frozen=True)
@@ -124,7 +143,6 @@ def conclude(
     findings: Findings,
     finals: Sequence[Outcome],
     recipe: Recipe,
-    measuring: Measuring,
     clock: Callable[[], float],
 ) -> dict[str, Any]:
     """Choose among the finalists, write the artifacts, test once, and write the result.
@@ -132,23 +150,25 @@ def conclude(
     Only a finalist that costs less than the baseline in every targeted metric can be chosen; where there is none,
     the baseline itself is handed back and the explanation says so.
     """
-    measured = [_paired(findings, outcome, measuring) for outcome in finals if outcome.point is not None]
+    measured = [_paired(findings, outcome) for outcome in finals if outcome.point is not None]
     by_point = {id(outcome.point): outcome for outcome in measured}
     base = findings.baseline.point
     better = [
         outcome.point
         for outcome in measured
-        if outcome.point is not None and all(ratios(outcome.point, base)[limit.metric] < 1 for limit in findings.limits)
+        if outcome.point is not None
+        and all(ratios(outcome.point, base)[limit.metric] < 1 for limit in findings.job.limits)
     ]
-    order = ranking(better, base, findings.limits, findings.keep)
+    order = ranking(better, base, findings.job.limits, findings.job.keep)
     chosen = by_point[id(order[0])] if order else None
     _write_artifacts(findings, chosen, recipe)
     return findings.write(_judge(findings, chosen), clock())
 
 
-def _paired(findings: Findings, outcome: Outcome, measuring: Measuring) -> Outcome:
+def _paired(findings: Findings, outcome: Outcome) -> Outcome:
     """The outcome with its latency measured anew against the baseline's, at length and with nothing else running."""
     assert outcome.point is not None
+    measuring = findings.job.measuring
     path = findings.run.save("model.onnx", lambda place: place.write_bytes(outcome.artifact))
     example = findings.task.example(max(measuring.batch, 1))
     with QuietRoom().measure():
@@ -206,20 +226,20 @@ def _judge(findings: Findings, chosen: Outcome | None) -> State:
 def _verdict(findings: Findings, point: Point, change: float) -> tuple[bool, str]:
     base = findings.baseline.point
     shares = ratios(point, base)
-    reached = ", ".join(f"{limit.metric} {shares[limit.metric]:.3g}x" for limit in findings.limits)
+    reached = ", ".join(f"{limit.metric} {shares[limit.metric]:.3g}x" for limit in findings.job.limits)
     scored = f"test score {point.test:.4g} ({change:+.4g} against the baseline)"
-    asked = ", ".join(f"{limit.metric}{limit.text}" for limit in findings.limits)
-    if excess(point, base, findings.limits) > 1:
+    asked = ", ".join(f"{limit.metric}{limit.text}" for limit in findings.job.limits)
+    if excess(point, base, findings.job.limits) > 1:
         return False, f"The target {asked} was not reached within the budget: the best found has {reached} at {scored}."
-    if shortfall(point, base, findings.keep) > 0:
+    if shortfall(point, base, findings.job.keep) > 0:
         return (
             False,
-            f"{asked} was reached, but not with score{findings.keep.text} on validation: {reached} at {scored}.",
+            f"{asked} was reached, but not with score{findings.job.keep.text} on validation: {reached} at {scored}.",
         )
-    if change < findings.keep.change - 1e-9:
+    if change < findings.job.keep.change - 1e-9:
         return False, (
             f"{asked} was reached with the score kept on validation, but the test split, read once at the end, lost "
-            f"more than score{findings.keep.text} allows: {reached} at {scored}."
+            f"more than score{findings.job.keep.text} allows: {reached} at {scored}."
         )
     return True, f"The target was met: {reached} at {scored}."
 
@@ -239,8 +259,8 @@ def _write_artifacts(findings: Findings, chosen: Outcome | None, recipe: Recipe)
         {
             "schema": 1,
             "netwright": __version__,
-            "task": findings.name,
-            "seed": findings.seed,
+            "task": findings.job.name,
+            "seed": findings.job.seed,
             "training": json.loads(recipe.to_json()),
             "steps": [{"method": step.method, "settings": dict(step.settings)} for step in steps],
             "recovery": None if chosen is None else {"epochs": chosen.epochs, "seed": chosen.request.seed},

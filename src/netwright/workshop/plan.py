@@ -12,6 +12,7 @@ from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.workshop.baseline import Baseline
 from netwright.workshop.evaluation import Measuring
+from netwright.workshop.job import Job
 from netwright.workshop.quiet import QuietRoom
 from netwright.workshop.space import Space
 
@@ -55,16 +56,7 @@ def prunable(graph: Graph) -> tuple[tuple[str, int], ...]:
     return tuple((group.name, group.size) for group in graph.groups if group.size > 1)
 
 
-def make_plan(
-    run: RunDirectory,
-    task: Task,
-    baseline: Baseline,
-    graph: Graph,
-    workers: int | None,
-    budget: float,
-    elapsed: float,
-    measuring: Measuring,
-) -> Plan:
+def make_plan(run: RunDirectory, job: Job, task: Task, baseline: Baseline, graph: Graph, elapsed: float) -> Plan:
     """Choose the operand types by measurement and share out the time; or read the plan that ``run`` has.
 
     Raises:
@@ -72,12 +64,12 @@ def make_plan(
     """
     groups = prunable(graph)
     if not run.has(_RECORD):
-        settings, table = _int8(task, baseline, measuring)
+        settings, table = _int8(task, baseline, job.measuring)
         if not groups and settings is None:
             raise NothingToPruneError(_nothing(graph))
-        left = max(budget - elapsed, 0.0)
+        left = max(job.budget - elapsed, 0.0)
         final = _FINAL_SHARE * left
-        count = workers or default_workers()
+        count = job.workers or default_workers()
         seconds = max(_LEAST_SECONDS, (left - final) * count / _CANDIDATES - _HANDLING_SECONDS)
         run.write(
             _RECORD,
@@ -93,7 +85,7 @@ def make_plan(
     record = run.read(_RECORD)
     return Plan(
         space=Space(groups, record["int8"]),
-        workers=workers or record["workers"],
+        workers=job.workers or record["workers"],
         started=record["started"],
         candidate_seconds=record["candidate_seconds"],
         final_seconds=record["final_seconds"],

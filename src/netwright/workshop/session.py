@@ -16,13 +16,13 @@ from netwright.core.transform import Progress
 from netwright.workshop.baseline import Baseline, make_baseline
 from netwright.workshop.choice import ranking
 from netwright.workshop.engine import Engine
-from netwright.workshop.evaluation import Measuring, Outcome, Request, Subject
-from netwright.workshop.finish import Findings, conclude
+from netwright.workshop.evaluation import Outcome, Request, Subject
+from netwright.workshop.finish import Findings, conclude, write_unbegun
+from netwright.workshop.job import Job
 from netwright.workshop.local import LocalEngine
 from netwright.workshop.plan import Plan, make_plan
 from netwright.workshop.point import ratios
 from netwright.workshop.study import Proposal, Study
-from netwright.workshop.target import Keep, Limit
 
 __all__ = ["Session", "make_engine"]
 
@@ -48,21 +48,20 @@ def make_engine(kind: Literal["local", "ray"], subject: Subject, workers: int) -
 
 @dataclass
 class Session:
-    """The phases of a run, one after the other; the arguments are those of a job, resolved."""
+    """The phases of a run, one after the other; see :func:`netwright.workshop.run.run_job`.
+
+    Args:
+        run: the run directory, owned.
+        job: what is asked for.
+        task: the task, checked.
+        graph: the trace of its untrained model.
+        progress: told how far the run is.
+    """
 
     run: RunDirectory
+    job: Job
     task: Task
-    name: str
     graph: Graph
-    recipe: Recipe
-    limits: tuple[Limit, ...]
-    keep: Keep
-    budget: float
-    seed: int
-    engine: Literal["local", "ray"]
-    workers: int | None
-    evaluations: int | None
-    measuring: Measuring
     progress: Progress
     _start: float = field(default_factory=time.perf_counter, init=False)
     _before: float = field(default=0.0, init=False)
@@ -73,23 +72,25 @@ class Session:
         if self.run.has(_CLOCK):
             self._before = float(self.run.read(_CLOCK)["elapsed_s"])
 
+    @property
+    def _recipe(self) -> Recipe:
+        return self.task.recipe or Recipe()
+
     def elapsed(self) -> float:
         """Seconds of the run so far, earlier stretches included."""
         return self._before + time.perf_counter() - self._start
 
     def go(self) -> dict[str, Any]:
         """All phases; the content of ``result.json``."""
-        share = self.budget * _TEACHER_SHARE
-        baseline = make_baseline(self.run, self.task, self.recipe, self.seed, self.measuring, self._training, share)
+        share = self.job.budget * _TEACHER_SHARE
+        baseline = make_baseline(self.run, self.job, self.task, self._recipe, self._training, share)
         self._mark("baseline")
         self._tell("choosing the operand types by measurement")
-        plan = make_plan(
-            self.run, self.task, baseline, self.graph, self.workers, self.budget, self.elapsed(), self.measuring
-        )
-        study = Study(self.run, plan.space, baseline.point, self.limits, self.keep, self.seed)
-        self._findings = Findings(self.run, self.task, self.name, self.limits, self.keep, self.seed, baseline, study)
+        plan = make_plan(self.run, self.job, self.task, baseline, self.graph, self.elapsed())
+        study = Study(self.run, plan.space, baseline.point, self.job.limits, self.job.keep, self.job.seed)
+        self._findings = Findings(self.run, self.task, self.job, baseline, study)
         self._mark("plan")
-        engine = make_engine(self.engine, self._subject(baseline), plan.workers)
+        engine = make_engine(self.job.engine, self._subject(baseline), plan.workers)
         try:
             self._search(engine, study, plan, self._findings)
             self._mark("search")
@@ -99,7 +100,7 @@ class Session:
             engine.close()
         self._tell("measuring and testing the chosen model")
         self._save_clock()
-        result = conclude(self._findings, finals, self.recipe, self.measuring, self.elapsed)
+        result = conclude(self._findings, finals, self._recipe, self.elapsed)
         self._mark("closing")
         busy = math.fsum(entry.seconds for entry in study.entries) + math.fsum(outcome.seconds for outcome in finals)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -114,10 +115,7 @@ class Session:
         self._save_clock()
         if self._findings is not None:
             return self._findings.write_interrupted(self.elapsed())
-        return {
-            "status": "interrupted",
-            "explanation": "Stopped before the baseline was finished: go on with --resume.",
-        }
+        return write_unbegun(self.run, self.job, self.elapsed())
 
     def _subject(self, baseline: Baseline) -> Subject:
         return Subject(
@@ -125,15 +123,15 @@ class Session:
             model=baseline.model,
             teacher=baseline.teacher,
             artifact=baseline.artifact,
-            recipe=self.recipe,
+            recipe=self._recipe,
             epoch_seconds=baseline.epoch_seconds,
             macs=baseline.point.cost.macs,
-            measuring=self.measuring,
+            measuring=self.job.measuring,
         )
 
     def _search(self, engine: Engine, study: Study, plan: Plan, findings: Findings) -> None:
         """Propose and evaluate until the time for it ends or nothing new is found."""
-        end = self.budget - plan.final_seconds - _CLOSING
+        end = self.job.budget - plan.final_seconds - _CLOSING
         flying: dict[int, Proposal] = {}
         spent = [entry.seconds for entry in study.entries]
         exhausted = False
@@ -150,7 +148,7 @@ class Session:
                         number=proposal.number,
                         steps=proposal.steps,
                         seconds=plan.candidate_seconds,
-                        seed=self.seed + proposal.number,
+                        seed=self.job.seed + proposal.number,
                         params=proposal.params,
                     )
                 )
@@ -166,7 +164,7 @@ class Session:
     def _may_start(self, study: Study, flying: int, usual: float, end: float) -> bool:
         """Whether another candidate fits into the time; the first one always does, for nothing follows without it."""
         done = len(study.entries) + flying
-        if self.evaluations is not None and done >= self.evaluations:
+        if self.job.evaluations is not None and done >= self.job.evaluations:
             return False
         return self.elapsed() + usual < end or done == 0
 
@@ -174,9 +172,9 @@ class Session:
         """Recover the most promising candidates in full, several rounds of them if the time allows."""
         found = {id(entry.point): entry for entry in study.entries if entry.point is not None}
         points = [entry.point for entry in study.entries if entry.point is not None]
-        order = ranking(points, baseline.point, self.limits, self.keep)[: _FINALISTS * engine.workers]
+        order = ranking(points, baseline.point, self.job.limits, self.job.keep)[: _FINALISTS * engine.workers]
         rounds = -(-len(order) // engine.workers)
-        left = max(self.budget - self.elapsed() - _CLOSING, plan.candidate_seconds)
+        left = max(self.job.budget - self.elapsed() - _CLOSING, plan.candidate_seconds)
         usual = statistics.median([entry.seconds for entry in study.entries]) if study.entries else 0.0
         overhead = max(0.0, usual - plan.candidate_seconds)
         seconds = max(left / max(rounds, 1) - overhead, plan.candidate_seconds)
@@ -185,7 +183,7 @@ class Session:
                 number=found[id(point)].number,
                 steps=point.steps,
                 seconds=seconds,
-                seed=self.seed + found[id(point)].number,
+                seed=self.job.seed + found[id(point)].number,
                 deliver=True,
             )
             for point in order
@@ -212,9 +210,9 @@ class Session:
         base = self._findings.baseline.point
         points = self._findings.points()
         text = f"{len(study.entries)} candidates"
-        kept = [point for point in points if point.val >= base.val + self.keep.change]
+        kept = [point for point in points if point.val >= base.val + self.job.keep.change]
         if kept:
-            metric = self.limits[0].metric
+            metric = self.job.limits[0].metric
             best = min(ratios(point, base)[metric] for point in kept)
             text += f", best {metric} with the score kept {best:.2f}x"
         return text + (f", {study.failed} failed" if study.failed else "")
@@ -223,7 +221,7 @@ class Session:
         self._tell(f"baseline: {what}")
 
     def _tell(self, what: str) -> None:
-        self.progress(min(0.99, self.elapsed() / self.budget), what)
+        self.progress(min(0.99, self.elapsed() / self.job.budget), what)
 
     def _save_clock(self) -> None:
         self.run.write(_CLOCK, {"elapsed_s": self.elapsed()})

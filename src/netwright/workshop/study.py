@@ -25,6 +25,7 @@ from netwright.workshop.target import Keep, Limit
 __all__ = ["EVALUATIONS", "Entry", "Proposal", "Study"]
 
 EVALUATIONS = "evaluations.jsonl"
+"""The log of a run directory with one line for every finished evaluation."""
 _JOURNAL = "study.journal"
 _POPULATION = 16
 _FLOOR = "score"  # name of the constraint: how far the score lies below what must be kept

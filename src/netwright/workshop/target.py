@@ -11,6 +11,7 @@ from netwright.core.errors import TargetError
 __all__ = ["METRICS", "Keep", "Limit", "parse_budget", "parse_keep", "parse_targets"]
 
 METRICS = ("latency", "memory", "size", "macs", "parameters")
+"""What a target can speak of."""
 
 # What each unit stands for, in the unit in which a Cost holds the metric.
 _UNITS: dict[str, dict[str, float]] = {

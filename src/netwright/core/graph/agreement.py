@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from netwright.core.data import Inputs
 from netwright.core.graph.export import arguments
 
-__all__ = ["batch_of", "difference", "example", "inference", "like", "outputs"]
+__all__ = ["batch_of", "difference", "example", "first_parameter", "inference", "like", "outputs"]
 
 
 @contextmanager
@@ -48,10 +48,18 @@ def batch_of(inputs: Inputs, count: int) -> Inputs:
     return taken
 
 
-def like(inputs: Inputs, model: nn.Module) -> Inputs:
-    """``inputs`` on the device of the model's first parameter, their numbers of its type (``model.double()``)."""
-    first = next(iter(model.parameters()), torch.empty(0))
-    moved: Inputs = _map(inputs, lambda t: t.to(first.device, first.dtype if t.is_floating_point() else t.dtype))
+def first_parameter(model: nn.Module) -> Tensor:
+    """The model's first parameter, which stands for its device and type; an empty tensor if it has none."""
+    return next(iter(model.parameters()), torch.empty(0))
+
+
+def like(inputs: Inputs, model: nn.Module, dtype: torch.dtype) -> Inputs:
+    """``inputs`` on the model's device, their numbers of its type where that is no longer ``dtype``."""
+    first = first_parameter(model)
+    recast = first.dtype != dtype
+    moved: Inputs = _map(
+        inputs, lambda t: t.to(first.device, first.dtype if recast and t.is_floating_point() else t.dtype)
+    )
     return moved
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 __all__ = ["Axis", "Factor", "IntArray", "Value", "extent", "size_of"]
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
+"""An array of 64-bit integers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ class Factor:
 
 
 Axis: TypeAlias = tuple[Factor, ...]
+"""A dimension of a tensor as a product of factors, slowest first; ``()`` is a dimension of length 1."""
 
 
 @dataclass(frozen=True, eq=False)

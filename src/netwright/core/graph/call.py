@@ -13,7 +13,9 @@ from netwright.core.graph.probe import zero_image
 __all__ = ["Answer", "Call", "Rule", "UnprovableError"]
 
 Answer: TypeAlias = Value | list[Value]
+"""What is known about the result of an operation, or about each of several."""
 Rule: TypeAlias = Callable[["Call"], Answer]
+"""A function that knows what an operation does to the dimensions of its tensors."""
 
 
 class UnprovableError(Exception):
@@ -117,28 +119,31 @@ class Call:
 
     def axis(self, atoms: IntArray) -> Axis:
         """The axis whose entries have these atoms."""
-        return (Factor(atoms.size, atoms),) if atoms.size > 1 else ()
+        return () if atoms.size == 1 else (Factor(atoms.size, atoms),)
 
     def choose(self, elements: IntArray, factors: Sequence[Axis], prefer: int = 0) -> None:
         """``elements`` are a product of ``factors``; only one of these can lose entries, best the one preferred."""
         self.constraints.choose(elements, factors, prefer, self.operation)
 
     def produces(self, axis: Axis, weight: Value, kind: str = "units") -> None:
-        """The module that owns ``weight`` computes ``axis``: groups are named after it."""
+        """The module that owns ``weight`` computes ``axis``: groups are named after it.
+
+        Where the weight itself is computed, they are named after the module that makes this call, or the call.
+        """
         owner, _, name = weight.parameter.rpartition(".")
-        module = (owner or name) if weight.parameter else self.module
+        module = owner or name or self.module or self.node.name
         for factor in axis:
-            if factor.atoms is not None and module:
+            if factor.atoms is not None:
                 self.constraints.producers.append(Producer(factor.atoms, module, kind))
 
     def heads(self, axis: Axis) -> None:
         """The entries of ``axis`` are attention heads."""
         self.constraints.heads.extend(factor.atoms for factor in axis if factor.atoms is not None)
 
-    def keep(self, value: Value) -> None:
-        """Zeroing leaves this parameter or buffer as it is (a variance, for example)."""
+    def keep(self, value: Value, dim: int) -> None:
+        """Zeroing a unit leaves its entries in this dimension of a parameter or buffer alone: a variance, say."""
         if value.parameter:
-            self.constraints.kept.add(value.parameter)
+            self.constraints.kept.add((value.parameter, dim))
 
     def contract(self, a: Axis, a_null: bool, b: Axis, b_null: bool) -> None:
         """``a`` and ``b`` are multiplied entry by entry and summed over."""

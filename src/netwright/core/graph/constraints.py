@@ -61,7 +61,7 @@ class Constraints:
     choices: list[Choice] = field(default_factory=list)
     producers: list[Producer] = field(default_factory=list)
     heads: list[IntArray] = field(default_factory=list)
-    kept: set[str] = field(default_factory=set)
+    kept: set[tuple[str, int]] = field(default_factory=set)
     groups: dict[str, Axis] = field(default_factory=dict)
     _splits: dict[tuple[int, int], tuple[Factor, Factor, Factor, Choice]] = field(default_factory=dict)
     _joined: dict[tuple[int, int], tuple[Factor, Choice]] = field(default_factory=dict)

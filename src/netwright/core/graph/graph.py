@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from netwright.core.data import Inputs
 from netwright.core.errors import NothingToPruneError, TransformError
-from netwright.core.graph.agreement import difference, example, inference, like
+from netwright.core.graph.agreement import difference, example, first_parameter, inference, like
 from netwright.core.graph.attributes import fit_attributes
 from netwright.core.graph.export import export_model
 from netwright.core.graph.groups import Blocked, Group, find_blocked, find_groups
@@ -38,11 +38,14 @@ class Graph:
         blocked: what has to stay, and because of which operation.
     """
 
-    def __init__(self, program: ExportedProgram, inputs: Inputs, walk: Walk, solution: Solution) -> None:
+    def __init__(
+        self, program: ExportedProgram, inputs: Inputs, dtype: torch.dtype, walk: Walk, solution: Solution
+    ) -> None:
         self.program = program
         self.groups: tuple[Group, ...] = find_groups(walk, solution)
         self.blocked: tuple[Blocked, ...] = find_blocked(walk, solution, self.groups)
         self._inputs = inputs
+        self._dtype = dtype
         self._walk = walk
         self._solution = solution
 
@@ -113,7 +116,7 @@ class Graph:
         lengths = changed_lengths(graph.graph, self._walk.values, self._walk.constraints, removed)
         fit_attributes(native, literals(graph.graph))
         rebuilt = rebuild(graph, native)
-        inputs = like(self._inputs, model)
+        inputs = like(self._inputs, model, self._dtype)
         exact = all(self.group(name).exact for name in units)
         reference = self.zero(model, units) if exact else rebuilt
         wrong = difference(reference, rebuilt, inputs, _AGAINST_ZEROED)
@@ -164,7 +167,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
         >>> graph = trace(model, torch.randn(2, 4))
         >>> graph
         Graph of 8 units in 1 groups
-          Group('0', 8 units, 2 places)
+          Group('0', 8 units, 3 places)
           2 stays: output: it is an output of the model
         >>> graph.shrink(model, {"0": [1, 5]})
         Sequential(
@@ -177,13 +180,13 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
     with inference(model):
         program = export_model(model, inputs)
     found = walk(program, model)
-    return Graph(program, inputs, found, solve(found.constraints))
+    return Graph(program, inputs, first_parameter(model).dtype, found, solve(found.constraints))
 
 
 def _undescribed(name: str, wrong: str) -> str:
     return (
-        f"{name} cannot be shrunk: without these units {wrong[:300]}. An operation's rule, or the one that rewrites its "
-        "lengths, does not describe it; see netwright.core.graph.register_rule."
+        f"{name} cannot be shrunk: without these units {wrong[:300]}. An operation's rule, or the one that rewrites "
+        "its lengths, does not describe it; see netwright.core.graph.register_rule."
     )
 
 

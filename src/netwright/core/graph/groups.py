@@ -14,6 +14,7 @@ from netwright.core.graph.walk import Walk
 __all__ = ["Blocked", "Group", "Kind", "Place", "find_blocked", "find_groups"]
 
 Kind: TypeAlias = Literal["channels", "heads", "units"]
+"""What the units of a group are."""
 _Signature: TypeAlias = tuple[tuple[int, int], ...]
 
 

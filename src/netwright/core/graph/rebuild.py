@@ -87,7 +87,9 @@ def rebuild(module: fx.GraphModule, source: nn.Module) -> fx.GraphModule:
         dropout are modules again.
     """
     graph = module.graph
+    device = next(source.parameters(), torch.empty(0)).device
     for node in list(graph.nodes):
+        _move(node, device)
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.erase_node(node)
         elif node.op == "call_function":
@@ -98,7 +100,7 @@ def rebuild(module: fx.GraphModule, source: nn.Module) -> fx.GraphModule:
     for node in graph.nodes:
         if node.op == "get_attr":
             name = str(node.target)
-            attributes[name] = tensors[name] if name in tensors else _attribute(module, name)
+            attributes[name] = tensors[name] if name in tensors else _attribute(module, name, device)
         elif node.op == "call_module":
             attributes[str(node.target)] = module.get_submodule(str(node.target))
     graph.lint()
@@ -108,6 +110,13 @@ def rebuild(module: fx.GraphModule, source: nn.Module) -> fx.GraphModule:
         if made not in own:
             made.training = source.training
     return rebuilt
+
+
+def _move(node: fx.Node, device: torch.device) -> None:
+    """Tensors that the graph makes are made where the model is."""
+    if isinstance(node.kwargs.get("device"), torch.device):
+        node.update_kwarg("device", device)
+    node.args = tuple(device if isinstance(argument, torch.device) else argument for argument in node.args)
 
 
 def _modularize(module: fx.GraphModule, node: fx.Node, source: nn.Module) -> None:
@@ -162,9 +171,10 @@ def _tensors(source: nn.Module) -> Mapping[str, Tensor]:
     return dict((*source.named_parameters(remove_duplicate=False), *source.named_buffers(remove_duplicate=False)))
 
 
-def _attribute(module: nn.Module, name: str) -> Any:
+def _attribute(module: nn.Module, name: str, device: torch.device) -> Any:
     owner, _, last = name.rpartition(".")
-    return getattr(module.get_submodule(owner), last)
+    found = getattr(module.get_submodule(owner), last)
+    return found.to(device) if isinstance(found, Tensor) else found
 
 
 def _float(value: Any) -> float:

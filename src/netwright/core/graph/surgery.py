@@ -38,18 +38,23 @@ def holders(model: nn.Module, names: Mapping[str, object] | list[str]) -> dict[s
     return {name: held[id(tensors[name])] for name in names}
 
 
-def zeroed(model: nn.Module, keep: Keep, except_for: frozenset[str]) -> nn.Module:
-    """A copy whose removed entries are zero, in parameters and floating-point buffers."""
+def zeroed(model: nn.Module, keep: Keep, kept: frozenset[tuple[str, int]]) -> nn.Module:
+    """A copy whose removed entries are zero, in parameters and floating-point buffers.
+
+    Args:
+        model: the model to copy.
+        keep: what remains.
+        kept: dimensions of parameters in which nothing is zeroed.
+    """
     copy = deepcopy(model)
     with torch.no_grad():
         for parameter, places in holders(copy, keep).items():
             module, name = places[0]
             tensor = getattr(module, name)
-            if parameter in except_for or not tensor.is_floating_point():
-                continue
             for dim, mask in keep[parameter].items():
                 _check(parameter, tensor, dim, mask)
-                tensor.index_fill_(dim, torch.nonzero(~mask).flatten().to(tensor.device), 0)
+                if (parameter, dim) not in kept and tensor.is_floating_point():
+                    tensor.index_fill_(dim, torch.nonzero(~mask).flatten().to(tensor.device), 0)
     return copy
 
 

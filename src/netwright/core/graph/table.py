@@ -11,6 +11,7 @@ from netwright.core.graph.call import Rule
 __all__ = ["ResizeRule", "register_rule", "resize_rule_for", "rule", "rule_for"]
 
 ResizeRule = Callable[[Any], None]
+"""A function that rewrites the lengths among the arguments of an operation in a shrunk graph."""
 
 _RULES: dict[str, Rule] = {}
 _RESIZE: dict[str, ResizeRule] = {}

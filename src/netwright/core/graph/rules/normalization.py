@@ -17,7 +17,7 @@ def batch_norm(call: Call) -> Answer:
         if value is not None:
             call.tie(channels, value.axes[0])
     if variance is not None:
-        call.keep(variance)
+        call.keep(variance, 0)
     null = _affine_null(x.null[1], weight, bias)
     result = Value(x.axes, tuple(null and dim == 1 for dim in range(len(x.axes))))
     return result if len(call.shapes) == 1 else _refuse(call)
@@ -63,6 +63,19 @@ def group_norm(call: Call) -> Answer:
         call.choose(elements, (whole, within), 0 if groups >= elements.size // groups else 1)
     null = _affine_null(x.null[1], weight, bias)
     return Value(x.axes, tuple(null and dim == 1 for dim in range(len(x.axes))))
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(call: Call) -> Answer:
+    """``g v / ||v||``, one norm for each entry of one dimension. A unit is zeroed by its ``g``, for v would divide by 0."""
+    v, g, dim = call["v"], call["g"], call["dim"] % len(call["v"].axes)
+    call.tie(v.axes[dim], g.axes[dim])
+    call.keep(v, dim)
+    for position, axis in enumerate(v.axes):
+        if position != dim and not v.null[position]:
+            call.inexact(axis, "a norm runs over this dimension")
+    weight = Value(v.axes, tuple(g.null[dim] if at == dim else flag for at, flag in enumerate(v.null)))
+    return weight if len(call.shapes) == 1 else [weight, Value(g.axes, tuple(False for _ in g.axes))]
 
 
 def _affine_null(

@@ -1,0 +1,124 @@
+"""The commands, from the outside."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from netwright import catalog
+from netwright.cli.app import app
+from netwright.cli.main import COMMANDS as MODULES
+from netwright.version import __version__
+
+TASKS = Path(__file__).with_name("bad_tasks.py")
+COMMANDS = ("optimize", "measure", "methods", "report", "doctor")
+
+
+def invoke(*words: str) -> str:
+    result = CliRunner().invoke(app, list(words), catch_exceptions=False, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_version() -> None:
+    assert invoke("--version") == f"netwright {__version__}\n"
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_lists_every_command(flag: str) -> None:
+    text = plain(invoke(flag))
+    assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_documents_every_option(command: str) -> None:
+    text = plain(invoke(command, "-h"))
+    found = get_command(app).commands[command]  # type: ignore[attr-defined]
+    assert found.help
+    for parameter in found.params:
+        if parameter.name == "help":
+            continue
+        assert parameter.help, f"{command}: {parameter.name} has no help"
+        for name in parameter.opts if parameter.param_type_name == "option" else []:
+            assert name in text
+
+
+def test_commands_are_those_that_are_tested() -> None:
+    assert set(get_command(app).commands) == set(COMMANDS)  # type: ignore[attr-defined]
+    assert {module.__name__.rpartition(".")[2] for module in MODULES} == set(COMMANDS)
+
+
+def test_methods_lists_the_catalogue() -> None:
+    listed = json.loads(invoke("methods", "--json"))
+    assert [row["object"] for row in listed["steps"]] == [step.object for step in catalog.steps()]
+    assert {"netwright.compress:Prune", "netwright.compress:Int8"} <= {row["object"] for row in listed["steps"]}
+    assert len(listed["methods"]) == len(catalog.load())
+    assert "netwright.compress:Prune" in plain(invoke("methods"))
+
+
+def test_doctor_passes_its_own_test() -> None:
+    found = json.loads(invoke("doctor", "--json"))
+    assert found["self_test"]["passed"] is True
+    assert found["self_test"]["shrink_error"] < 1e-4
+    assert found["machine"]["cores"] >= 1
+    assert found["packages"]["torch"]
+    assert found["tasks"]["digits"] == "ready"
+
+
+def test_measure_agrees_with_the_model() -> None:
+    found = json.loads(invoke("measure", "breast-cancer", "--json", "--seconds", "0.1", "--batch", "3"))
+    for runtime in ("onnxruntime", "torch"):
+        cost = found[runtime]
+        assert cost["latency_ms"]["runtime"] == runtime
+        assert cost["latency_ms"]["batch"] == 3
+        assert 0 < cost["latency_ms"]["p10"] <= cost["latency_ms"]["median"] <= cost["latency_ms"]["p90"]
+        assert cost["size_bytes"] > 4 * cost["parameters"]
+    assert found["onnxruntime"]["parameters"] == found["torch"]["parameters"]
+    assert 0.5 < found["self_ratio"]["median"] < 2
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--target", "latency<=0.5x", "--target", "size<=20KB", "--budget", "2m", "--workers", "3"]
+    text = invoke("optimize", f"{TASKS}:good", *words, "--dry-run")
+    assert "32 training, 16 validation, 16 test items" in text
+    assert "58 parameters" in text
+    assert "latency<=0.5x, size<=20KB; keep score>=-0.01" in text
+    assert "about 120 s, on 3 workers (local)" in text
+    assert "8 " in next(line for line in text.splitlines() if line.startswith("  0:"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optimize", "digits"],
+        ["optimize", "digits", "--target", "latency<=0.5x", "--engine", "steam"],
+        ["optimize", "digits", "--target", "latency<=0.5x", "--workers", "0"],
+        ["measure", "digits", "--batch", "0"],
+        ["polish"],
+    ],
+)
+def test_wrong_options_end_with_two(words: list[str]) -> None:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_as_a_program_an_error_is_one_line_and_code_two(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "netwright", "optimize", "nowhere", "--target", "latency<=0.5x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: No task 'nowhere'.")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())

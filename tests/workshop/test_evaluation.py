@@ -1,0 +1,215 @@
+"""One candidate: its steps, its recovery, its scores and costs, and its faults."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from subjects import INT8, RECIPE, prune, request, subject, weights_of
+from torch import Tensor, nn
+
+import tiny
+from netwright.core.evaluate import evaluate
+from netwright.core.onnx_module import OnnxModule
+from netwright.core.recipe import Recipe
+from netwright.core.score import accuracy
+from netwright.workshop.evaluation import Evaluator, Request, is_low_precision, rebuild, scaled, structure
+from netwright.workshop.point import Step
+from netwright.workshop.quiet import QuietRoom
+
+BOTH = (prune(first=0.5, second=0.75), INT8)
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> QuietRoom:
+    return QuietRoom(tmp_path / "room")
+
+
+@pytest.mark.parametrize("steps", [(prune(first=0.5, second=0.75),), (INT8,), BOTH], ids=["prune", "int8", "both"])
+def test_what_is_delivered_is_what_was_measured(steps: tuple[Step, ...], room: QuietRoom, tmp_path: Path) -> None:
+    base = subject()
+    before = weights_of(base.model)
+    outcome = Evaluator(base, room)(request(3, *steps, deliver=True))
+    assert outcome.error is None
+    assert outcome.point is not None
+    assert outcome.point.steps == steps
+    path = tmp_path / "model.onnx"
+    path.write_bytes(outcome.artifact)
+    assert outcome.point.cost.size_bytes == len(outcome.artifact)
+    runtime = OnnxModule(path)
+    assert outcome.point.val == evaluate(runtime, base.task, "val")
+
+    again = rebuild(base.model, base.task, outcome, tmp_path)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["model.onnx", "room"], "nothing is left behind"
+    inputs = base.task.data.val[:64][0]
+    with torch.no_grad():
+        ours, theirs = again(inputs), runtime(inputs)
+    if INT8 in steps:  # rounding ties fall differently
+        assert (ours - theirs).norm() < 0.05 * theirs.norm()
+        assert (ours.argmax(1) == theirs.argmax(1)).float().mean() > 0.96
+    else:
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    for name, value in base.model.state_dict().items():
+        assert torch.equal(value, before[name]), f"the baseline's {name} was changed"
+
+
+def test_costs_are_those_of_the_smaller_network(room: QuietRoom) -> None:
+    base = subject()
+    outcome = Evaluator(base, room)(request(0, prune(first=0.5, second=0.75)))
+    assert outcome.point is not None
+    cost = outcome.point.cost  # 8 and 8 channels are left
+    assert cost.macs == 8 * 9 * 64 + 8 * 8 * 9 * 16 + 8 * 10
+    assert cost.parameters == (8 * 9 + 8) + (8 * 8 * 9 + 8) + 2 * 8 + 2 * 8 + (8 * 10 + 10)
+    assert cost.size_bytes < len(base.artifact)
+    assert outcome.point.latency_ratio is not None
+    assert outcome.weights == b"", "weights come only when they are asked for"
+
+
+def test_the_same_request_gives_the_same_candidate(room: QuietRoom) -> None:
+    evaluator = Evaluator(subject(), room)
+    first, second = (evaluator(request(number, *BOTH, epochs=0.3, deliver=True)) for number in (0, 1))
+    other = evaluator(request(2, *BOTH, epochs=0.3, deliver=True, seed=8))
+    assert first.point is not None
+    assert second.point is not None
+    assert first.point.val == second.point.val
+    assert first.epochs == second.epochs == 0.3
+    assert first.weights == second.weights
+    assert [record.train_loss for record in first.history] == [record.train_loss for record in second.history]
+    assert other.weights != first.weights, "another seed shuffles otherwise"
+
+
+def test_recovery_helps_a_candidate_that_was_cut_hard(room: QuietRoom) -> None:
+    evaluator = Evaluator(subject(), room)
+    little, much = (evaluator(request(0, prune(first=0.5, second=0.5), epochs=epochs)) for epochs in (0.02, 3.0))
+    assert little.point is not None
+    assert much.point is not None
+    assert much.point.val > little.point.val + 0.1
+
+
+@pytest.mark.parametrize(
+    ("epoch_seconds", "seconds", "expected"),
+    [
+        (1e9, 1.0, 0.02 * RECIPE.epochs),  # never less than a fiftieth of the recipe
+        (4.0, 1.0, None),  # as many as fit into the time, by the share of multiply-accumulates
+    ],
+)
+def test_time_becomes_epochs(epoch_seconds: float, seconds: float, expected: float | None, room: QuietRoom) -> None:
+    base = subject(epoch_seconds=epoch_seconds)
+    outcome = Evaluator(base, room)(Request(0, (prune(first=0.5),), seconds, 0))
+    assert outcome.point is not None
+    share = outcome.point.cost.macs / base.macs
+    assert 0.08 < share < 1
+    assert outcome.epochs == pytest.approx(expected or seconds / (epoch_seconds * share), abs=1e-3)
+
+
+def test_progress_is_told_in_order(room: QuietRoom) -> None:
+    told: list[tuple[float, str]] = []
+    Evaluator(subject(), room)(request(0, *BOTH), lambda fraction, what: told.append((fraction, what)))
+    assert told[0] == (0.0, "pruned")
+    assert all(0 <= fraction <= 1 for fraction, _ in told)
+
+
+def test_a_loss_that_is_not_finite_is_a_failed_outcome_and_the_next_one_works(room: QuietRoom) -> None:
+    wild = Recipe(optimizer="torch.optim:SGD", optimizer_settings={"lr": 1e30}, schedule=None)
+    base = subject(recipe=wild)
+    evaluator = Evaluator(base, room)
+    outcome = evaluator(request(4, prune(first=0.5), epochs=1.0))
+    assert outcome.point is None
+    assert outcome.error is not None
+    assert outcome.error.startswith("NonFiniteLossError: Task 'tiny': the loss is ")
+    assert "\n" not in outcome.error
+    assert outcome.seconds > 0
+    assert outcome.request.number == 4
+    one_step = request(5, prune(first=0.5), epochs=1e-3)
+    assert Evaluator(dataclasses.replace(base, recipe=RECIPE), room)(one_step).error is None
+    with room.measure():  # the failed one holds the room no longer
+        pass
+
+
+class Fussy(nn.Module):
+    """Raises in ``forward`` once it has lost a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tiny.network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.body[0].out_channels < 16:
+            raise ArithmeticError("too thin\nto stand")
+        return self.body(x)
+
+
+def test_a_candidate_that_raises_in_forward_is_a_failed_outcome(room: QuietRoom) -> None:
+    base = subject()
+    fussy = dataclasses.replace(base, model=Fussy().eval())
+    step = Step("netwright.compress:Prune", {"ratios": {"body.0": 0.5}})
+    outcome = Evaluator(fussy, room)(request(0, step))
+    assert outcome.point is None
+    assert outcome.error is not None
+    assert "too thin" in outcome.error
+    assert "\n" not in outcome.error
+
+
+def _score_of_the_whole(outputs: Tensor, targets: Tensor) -> float:
+    return float("nan")
+
+
+def test_a_score_that_is_not_a_number_is_a_failed_outcome(room: QuietRoom) -> None:
+    base = subject()
+    outcome = Evaluator(dataclasses.replace(base, task=dataclasses.replace(base.task, score=_score_of_the_whole)), room)(
+        request()
+    )
+    assert outcome.point is None
+    assert outcome.error is not None
+    assert "nan" in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (Step("netwright.compress:Prune", {"ratios": {"nowhere": 0.5}}), "TransformError: .*nowhere"),
+        (Step("netwright.compress:Prune", {"ratios": 2.0}), "TransformError: "),
+        (Step("netwright.compress:Shave", {}), "RecipeError: .*Shave"),
+        (Step("netwright.compress:Prune", {"colour": "red"}), "TypeError: .*colour"),
+    ],
+)
+def test_a_step_that_cannot_be_taken_is_a_failed_outcome(step: Step, words: str, room: QuietRoom) -> None:
+    outcome = Evaluator(subject(), room)(request(0, step))
+    assert outcome.point is None
+    assert outcome.error is not None
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(outcome.error)
+
+
+def test_scaled_touches_learning_rates_only() -> None:
+    recipe = Recipe(optimizer_settings={"lr": 0.4, "weight_decay": 0.1}, schedule_settings={"max_lr": 0.8, "x": 3})
+    found = scaled(recipe, 0.25)
+    assert found.optimizer_settings == {"lr": 0.1, "weight_decay": 0.1}
+    assert found.schedule_settings == {"max_lr": 0.2, "x": 3}
+    assert recipe.optimizer_settings["lr"] == 0.4
+    assert scaled(recipe, 1.0) == recipe
+
+
+def test_structure_takes_only_the_structural_steps() -> None:
+    base = subject()
+    model = structure(base.model, base.task, (INT8, prune(first=0.5)), 0)
+    assert model[0].out_channels == 8
+    assert not isinstance(model, torch.fx.GraphModule)
+    assert is_low_precision(INT8.build())
+    assert not is_low_precision(prune(first=0.5).build())
+    assert structure(base.model, base.task, (INT8,), 0) is base.model
+
+
+def test_its_files_go_with_it(room: QuietRoom, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    evaluator = Evaluator(subject(), room)
+    assert evaluator(request()).error is None
+    assert [path for path in tmp_path.iterdir() if path.name != "room"]
+    del evaluator
+    assert os.listdir(tmp_path) == ["room"]
+
+
+def test_accuracy_of_the_baseline_is_ordinary() -> None:
+    base = subject()
+    assert accuracy(base.model(base.task.data.val[:][0]).detach(), base.task.data.val[:][1]) > 0.5
