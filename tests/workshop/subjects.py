@@ -18,7 +18,7 @@ from netwright.core.recipe import Recipe
 from netwright.workshop.evaluation import Measuring, Request, Subject
 from netwright.workshop.point import Point, Step
 
-RECIPE = Recipe(epochs=4)
+RECIPE = Recipe(epochs=4, optimizer_settings={"lr": 1e-2}, schedule_settings={"max_lr": 1e-2})
 _MADE: list[Subject] = []
 
 
@@ -26,7 +26,7 @@ def subject(**changes: Any) -> Subject:
     """A trained tiny network as the baseline; the same at every call but for ``changes``."""
     if not _MADE:
         task = tiny.task()
-        model = fit(task.build(0), task, Recipe(epochs=2), seed=0, validate=False).model.eval()
+        model = fit(task.build(0), task, RECIPE, seed=0, validate=False).model.eval()
         graph = trace(model, task.example(2))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "baseline.onnx"

@@ -14,9 +14,9 @@ import pytest
 import torch
 from tiny import task
 
-from netwright.core.errors import RunDirectoryError, RunLockedError, TaskError
+from netwright.core.errors import CorruptRunError, RunDirectoryError, RunLockedError, TaskError
 from netwright.core.front import non_dominated
-from netwright.workshop import Job, parse_keep, parse_targets, run_job
+from netwright.workshop import Job, parse_keep, parse_targets, replay, run_job
 
 TINY = f"{Path(__file__).with_name('tiny.py')}:task"
 
@@ -204,3 +204,23 @@ def _is_worker_of(pid: int, parent: int) -> bool:
         return int(fields[1]) == parent and b"netwright.workshop.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_the_recipe_makes_the_model_again(finished: Path, tmp_path: Path) -> None:
+    again = replay(finished / "recipe.json", tmp_path / "again")
+    chosen = json.loads((finished / "result.json").read_text())["chosen"]
+    assert again["macs"] == chosen["macs"]
+    assert again["score"]["val"] == pytest.approx(chosen["score"]["val"], abs=0.03)
+    test = task().data.test
+    x = torch.stack([test[i][0] for i in range(64)]).numpy()
+    outputs = []
+    for folder in (finished, tmp_path / "again"):
+        session = onnxruntime.InferenceSession(folder / "model.onnx")
+        outputs.append(session.run(None, {session.get_inputs()[0].name: x})[0])
+    assert (outputs[0].argmax(1) == outputs[1].argmax(1)).mean() > 0.9
+
+
+def test_replay_refuses_what_is_no_recipe(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(CorruptRunError, match="it lacks"):
+        replay(finished / "layers.json", tmp_path / "again")
+    assert not (tmp_path / "again").exists()

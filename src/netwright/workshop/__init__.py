@@ -5,6 +5,7 @@ from netwright.workshop.engine import Engine
 from netwright.workshop.evaluation import Measuring
 from netwright.workshop.job import Job
 from netwright.workshop.point import Point, Step
+from netwright.workshop.replay import replay
 from netwright.workshop.run import run_job
 from netwright.workshop.target import Keep, Limit, parse_budget, parse_keep, parse_targets
 
@@ -20,5 +21,6 @@ __all__ = [
     "parse_budget",
     "parse_keep",
     "parse_targets",
+    "replay",
     "run_job",
 ]

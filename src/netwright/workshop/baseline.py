@@ -27,7 +27,7 @@ from netwright.workshop.job import Job
 from netwright.workshop.point import Point
 from netwright.workshop.quiet import QuietRoom
 
-__all__ = ["Baseline", "make_baseline", "plain"]
+__all__ = ["Baseline", "make_baseline", "make_teacher", "plain"]
 
 _WEIGHTS, _MODEL, _RECORD = "baseline.safetensors", "baseline.onnx", "baseline.json"
 _TIMED_STEPS = 4
@@ -65,9 +65,9 @@ def make_baseline(
     Training that was interrupted goes on from its checkpoint.
     """
     seed, measuring = job.seed, job.measuring
-    model = task.build(seed)
+    model = copy.deepcopy(task.build(seed))  # a module that came trained stays the user's own
     if not run.has(_RECORD):
-        history = _train(run, model, task, recipe, seed, progress)
+        model, history = _train(run, model, task, recipe, seed, progress)
         program = export_model(model, task.example(2))
         run.save(_MODEL, lambda path: export_onnx(program, task.example(2), path))
         val = evaluate(OnnxModule(run.path / _MODEL), task, "val")
@@ -92,19 +92,19 @@ def make_baseline(
         artifact=(run.path / _MODEL).read_bytes(),
         epoch_seconds=record["epoch_seconds"],
         history=tuple(record["history"]),
-        teacher=_teacher(model, task, teacher_seconds),
+        teacher=make_teacher(model, task, teacher_seconds),
     )
 
 
 def _train(
     run: RunDirectory, model: nn.Module, task: Task, recipe: Recipe, seed: int, progress: Progress
-) -> list[dict[str, Any]]:
+) -> tuple[nn.Module, list[dict[str, Any]]]:
     if task.trained:
-        return []
+        return model, []
     checkpoint = run.path / "baseline.checkpoint"
     result = fit(model, task, recipe, seed=seed, checkpoint=checkpoint, progress=progress)
     checkpoint.unlink(missing_ok=True)
-    return [plain(record) for record in result.history]
+    return result.model, [plain(record) for record in result.history]
 
 
 def plain(record: Record) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def plain(record: Record) -> dict[str, Any]:
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
 
 
-def _teacher(model: nn.Module, task: Task, seconds: float) -> nn.Module | Tensor | None:
-    """The teacher's outputs, computed once; they may take ``seconds``."""
+def make_teacher(model: nn.Module, task: Task, seconds: float) -> nn.Module | Tensor | None:
+    """What recovery imitates; computing the model's outputs once may take ``seconds``."""
     train = task.data.train
     if task.fit is not None or type(train) is not TensorDataset:
         return model

@@ -264,6 +264,7 @@ def _write_artifacts(findings: Findings, chosen: Outcome | None, recipe: Recipe)
             "training": json.loads(recipe.to_json()),
             "steps": [{"method": step.method, "settings": dict(step.settings)} for step in steps],
             "recovery": None if chosen is None else {"epochs": chosen.epochs, "seed": chosen.request.seed},
+            "imitates": base.teacher is not None,
         },
     )
     history = [] if chosen is None else [plain(record) for record in chosen.history]

@@ -89,6 +89,7 @@ class Session:
         plan = make_plan(self.run, self.job, self.task, baseline, self.graph, self.elapsed())
         study = Study(self.run, plan.space, baseline.point, self.job.limits, self.job.keep, self.job.seed)
         self._findings = Findings(self.run, self.task, self.job, baseline, study)
+        self._findings.write_interrupted(self.elapsed())
         self._mark("plan")
         engine = make_engine(self.job.engine, self._subject(baseline), plan.workers)
         try:

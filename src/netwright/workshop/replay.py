@@ -1,0 +1,100 @@
+"""Make a chosen model again from its ``recipe.json``: training, steps and recovery, without the search."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from netwright.core.artifact import save_program, save_weights
+from netwright.core.errors import CorruptRunError, NetwrightError
+from netwright.core.fit import fit
+from netwright.core.graph.export import export_model
+from netwright.core.graph.macs import total_macs
+from netwright.core.onnx_export import export_onnx
+from netwright.core.recipe import Recipe
+from netwright.core.rundir import RunDirectory, read_json
+from netwright.core.task import load_task
+from netwright.core.transform import Progress
+from netwright.workshop.baseline import make_teacher
+from netwright.workshop.evaluation import Evaluator, Measuring, Request, Subject, rebuild
+from netwright.workshop.point import Step
+
+__all__ = ["replay"]
+
+_FIELDS = ("task", "seed", "training", "steps", "recovery", "imitates")
+
+
+def replay(recipe: Path, out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Train, compress and recover as ``recipe`` says, and write the model files to ``out``.
+
+    On the machine, the library versions and the number of threads of the run, the model is the same to rounding;
+    elsewhere it is another sample of the same procedure.
+
+    Args:
+        recipe: the ``recipe.json`` of a finished run.
+        out: a new or empty folder.
+        progress: told the finished fraction and what is going on.
+
+    Returns:
+        The model's point: steps, validation score and cost on this machine.
+
+    Raises:
+        CorruptRunError: a file that is not such a recipe.
+        RunDirectoryError: a folder that cannot be used.
+        NetwrightError: a recipe whose candidate fails here, with its reason.
+    """
+    settings = read_json(recipe)
+    missing = [name for name in _FIELDS if not isinstance(settings, dict) or name not in settings]
+    if missing:
+        raise CorruptRunError(f"{recipe} is no recipe of a run: it lacks {', '.join(missing)}.")
+    tell = progress or (lambda fraction, what: None)
+    run = RunDirectory(out)
+    run.check_new()
+    task = load_task(settings["task"])
+    training = Recipe(**settings["training"])
+    model = task.build(settings["seed"])
+    with run.create({"schema": 1, "replay_of": settings}):
+        if not task.trained:
+            model = fit(
+                model, task, training, seed=settings["seed"], progress=lambda share, text: tell(share / 2, text)
+            ).model
+        example = task.example(2)
+        if settings["recovery"] is not None:
+            tell(0.5, "compressing and recovering")
+            subject = Subject(
+                task=task,
+                model=model.eval(),
+                teacher=make_teacher(model, task, float("inf")) if settings["imitates"] else None,
+                artifact=_onnx(model, example),
+                recipe=training,
+                epoch_seconds=1.0,
+                macs=total_macs(export_model(model, example)),
+                measuring=Measuring(),
+            )
+            request = Request(
+                number=0,
+                steps=tuple(Step(step["method"], step["settings"]) for step in settings["steps"]),
+                seconds=0.0,
+                seed=settings["recovery"]["seed"],
+                epochs=settings["recovery"]["epochs"],
+                deliver=True,
+            )
+            torch.set_num_threads(1)  # as in a worker: sums of floats depend on it
+            outcome = Evaluator(subject)(request, lambda share, text: tell(0.5 + share / 2, text))
+            if outcome.point is None:
+                raise NetwrightError(f"The steps of {recipe} failed here: {outcome.error}")
+            run.write("point.json", outcome.point.to_dict())
+            model = rebuild(model, task, outcome, out)
+        run.save("model.onnx", lambda path: export_onnx(model, example, path))
+        run.save("model.pt2", lambda path: save_program(model, example, path))
+        run.save("model.safetensors", lambda path: save_weights(model, path))
+        found: dict[str, Any] = run.read("point.json") if run.has("point.json") else {"steps": []}
+        return found
+
+
+def _onnx(model: torch.nn.Module, example: Any) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "baseline.onnx"
+        export_onnx(model, example, path)
+        return path.read_bytes()

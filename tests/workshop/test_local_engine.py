@@ -1,0 +1,212 @@
+"""Worker processes: they answer, they die, they are replaced, they end."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+import torch
+from subjects import prune, request, subject
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from netwright.core.data import Data
+from netwright.core.errors import NetwrightError
+from netwright.core.recipe import Recipe
+from netwright.core.score import accuracy
+from netwright.core.task import Task, load_task
+from netwright.workshop.evaluation import Outcome
+from netwright.workshop.local import LocalEngine
+
+SHORT = {"epochs": 0.05}
+ENDLESS = {"epochs": 1e6}
+
+
+def collect(engine: LocalEngine, count: int, seconds: float = 90.0) -> list[Outcome]:
+    found: list[Outcome] = []
+    end = time.monotonic() + seconds
+    while len(found) < count and time.monotonic() < end:
+        found.extend(engine.wait(0.25))
+    return found
+
+
+def children() -> list[psutil.Process]:
+    return [
+        child
+        for child in psutil.Process().children()
+        if child.status() != psutil.STATUS_ZOMBIE and "netwright.workshop.worker" in " ".join(child.cmdline())
+    ]
+
+
+def busy(process: psutil.Process, seconds: float) -> bool:
+    """Whether the process has used that much time, so that it is past its start."""
+    return sum(process.cpu_times()[:2]) > seconds
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[LocalEngine]:
+    made = LocalEngine(subject(), 2)
+    yield made
+    made.close()
+    assert children() == []
+
+
+def test_two_workers_answer_side_by_side(engine: LocalEngine) -> None:
+    assert engine.workers == 2
+    assert len(children()) == 2
+    for number in (0, 1):
+        engine.submit(request(number, prune(first=0.25 * (number + 1)), **SHORT))
+    outcomes = sorted(collect(engine, 2), key=lambda outcome: outcome.request.number)
+    assert [outcome.request.number for outcome in outcomes] == [0, 1]
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    macs = [outcome.point.cost.macs for outcome in outcomes if outcome.point is not None]
+    assert macs[0] > macs[1], "each answer belongs to its request"
+    assert engine.wait(0.01) == []
+
+
+def test_a_killed_worker_is_a_failed_outcome_and_its_place_is_filled(engine: LocalEngine) -> None:
+    before = {child.pid for child in children()}
+    engine.submit(request(7, **ENDLESS))
+    time.sleep(0.3)
+    victims = sorted(children(), key=lambda child: sum(child.cpu_times()[:2]))
+    for child in victims:
+        os.kill(child.pid, signal.SIGKILL)
+    (outcome,) = collect(engine, 1)
+    assert outcome.request.number == 7
+    assert outcome.point is None
+    assert outcome.error is not None
+    assert "SIGKILL" in outcome.error
+    assert "memory" in outcome.error
+    for number in (8, 9):
+        engine.submit(request(number, **SHORT))
+    assert {outcome.request.number for outcome in collect(engine, 2)} == {8, 9}
+    after = {child.pid for child in children()}
+    assert len(after) == 2
+    assert not before & after
+
+
+def test_close_ends_busy_workers_at_once() -> None:
+    made = LocalEngine(subject(), 1)
+    made.submit(request(0, **ENDLESS))
+    pids = [child.pid for child in children()]
+    start = time.monotonic()
+    made.close()
+    assert time.monotonic() - start < 5
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+    made.close()  # twice does no harm
+
+
+class Odd(nn.Module):
+    """Defined in a module that a worker may not be able to import."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+FILE = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from netwright import Data, Recipe, Task
+
+class Mine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, x):
+        return self.body(x)
+
+def split(start):
+    generator = torch.Generator().manual_seed(start)
+    x = torch.randn(64, 4, generator=generator)
+    return TensorDataset(x, (x.sum(1) > 0).long())
+
+task = Task(
+    "mine",
+    Mine,
+    Data(split(0), split(1), split(2)),
+    loss=lambda output, target: nn.functional.cross_entropy(output, target),
+    score=lambda outputs, targets: float((outputs.argmax(1) == targets).float().mean()),
+    recipe=Recipe(epochs=2),
+)
+"""
+
+
+def test_lambdas_and_classes_of_a_task_file_travel_to_workers(tmp_path: Path) -> None:
+    path = tmp_path / "a_task_of_mine.py"
+    path.write_text(FILE)
+    task = load_task(f"{path}:task")
+    path.unlink()  # a worker gets the objects themselves, not the file
+    model = task.build(0).eval()
+    base = replace(subject(), task=task, model=model, artifact=_artifact(model, task), macs=48)
+    made = LocalEngine(base, 1)
+    try:
+        step = replace(prune(), settings={"ratios": {"body.0": 0.5}})
+        made.submit(request(0, step, **SHORT))
+        (outcome,) = collect(made, 1)
+    finally:
+        made.close()
+    assert outcome.error is None
+    assert outcome.point is not None
+    assert outcome.point.cost.macs == 4 * 4 + 4 * 2
+
+
+class Locked(Dataset):
+    """Holds what cannot leave its process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.zeros(4), 0
+
+
+def test_a_task_that_cannot_travel_is_a_clear_error_and_starts_nothing() -> None:
+    task = Task("locked", tiny.network, Data(Locked(), Locked(), Locked()), nn.functional.cross_entropy, accuracy)
+    with pytest.raises(NetwrightError, match="Task 'locked' cannot be handed to a worker process: TypeError.*lock"):
+        LocalEngine(replace(subject(), task=task), 1)
+    with pytest.raises(NetwrightError, match="open files, locks or connections"):
+        LocalEngine(replace(subject(), task=task), 1)
+
+
+def test_a_diverging_candidate_fails_by_name_and_the_worker_goes_on() -> None:
+    wild = Recipe(optimizer="torch.optim:SGD", optimizer_settings={"lr": 1e30}, schedule=None)
+    made = LocalEngine(subject(recipe=wild), 1)
+    try:
+        pids = [child.pid for child in children()]
+        made.submit(request(0, epochs=1.0))
+        (failed,) = collect(made, 1)
+        made.submit(request(1, epochs=1.0))
+        (again,) = collect(made, 1)
+        assert pids == [child.pid for child in children()], "the same process answers"
+    finally:
+        made.close()
+    for outcome in (failed, again):
+        assert outcome.point is None
+        assert outcome.error is not None
+        assert outcome.error.startswith("NonFiniteLossError: ")
+
+
+def _artifact(model: nn.Module, task: Task) -> bytes:
+    import tempfile
+
+    from netwright.core.onnx_export import export_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(model, task.example(2), path)
+        return path.read_bytes()

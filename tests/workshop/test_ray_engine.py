@@ -1,0 +1,98 @@
+"""Evaluations as Ray actors: the same interface as local workers."""
+
+import builtins
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+from subjects import prune, request, subject
+
+from netwright.core.errors import NetwrightError
+from netwright.workshop.evaluation import Outcome
+from netwright.workshop.ray_engine import RayEngine
+
+
+def collect(engine: RayEngine, count: int, seconds: float = 120.0) -> list[Outcome]:
+    found: list[Outcome] = []
+    end = time.monotonic() + seconds
+    while len(found) < count and time.monotonic() < end:
+        found.extend(engine.wait(0.5))
+    return found
+
+
+def actors() -> list[int]:
+    """Processes in which our actors live."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if "_Actor" in " ".join(child.cmdline()) and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child.pid)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[RayEngine]:
+    pytest.importorskip("ray", reason="Ray is an extra: pip install 'netwright[ray]'")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    patch.delenv("RAY_ADDRESS", raising=False)
+    made = RayEngine(subject(), 2)
+    yield made
+    made.close()
+    patch.undo()
+    assert actors() == []
+
+
+def test_two_actors_answer_side_by_side(engine: RayEngine) -> None:
+    assert engine.workers == 2
+    assert engine.wait(0.01) == []
+    for number in (0, 1):
+        engine.submit(request(number, prune(first=0.25 * (number + 1)), epochs=0.05))
+    outcomes = sorted(collect(engine, 2), key=lambda outcome: outcome.request.number)
+    assert [(outcome.request.number, outcome.error) for outcome in outcomes] == [(0, None), (1, None)]
+    macs = [outcome.point.cost.macs for outcome in outcomes if outcome.point is not None]
+    assert macs[0] > macs[1], "each answer belongs to its request"
+
+
+def test_a_killed_actor_is_a_failed_outcome_and_its_place_is_filled(engine: RayEngine) -> None:
+    engine.submit(request(7, epochs=1e6))
+    time.sleep(0.5)
+    before = actors()
+    assert len(before) == 2
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    (outcome,) = collect(engine, 1)
+    assert outcome.request.number == 7
+    assert outcome.point is None
+    assert outcome.error is not None
+    assert "The Ray worker died" in outcome.error
+    answers: dict[int, Outcome] = {}
+    for number in (8, 9):
+        engine.submit(request(number, epochs=0.05))
+    for found in collect(engine, 2):
+        answers[found.request.number] = found
+    assert set(answers) == {8, 9}
+    engine.submit(request(10, epochs=0.05))
+    (last,) = collect(engine, 1)
+    assert last.error is None, "whatever died, every place works again"
+
+
+def test_without_ray_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *rest: Any, **more: Any) -> Any:
+        if name == "ray":
+            raise ModuleNotFoundError("No module named 'ray'", name="ray")
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    with pytest.raises(NetwrightError, match=r"--engine ray needs Ray: pip install 'netwright\[ray\]'"):
+        RayEngine(subject(), 1)
