@@ -19,7 +19,11 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 def refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, place: Path, *words: str, out: bool = True
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    place: Path,
+    *words: str,
+    out: bool = True,
 ) -> str:
     """The message of a command that must fail and leave ``place`` as it is."""
     monkeypatch.chdir(place)
@@ -27,8 +31,9 @@ def refused(
     code = run(monkeypatch, *words, *(["--out", "run"] if out else []))
     captured = capsys.readouterr()
     assert code == 2, captured
-    assert 1 <= len(captured.err.strip().splitlines()) <= 2, captured.err
-    assert captured.err.startswith("Error: ")
+    said = captured.err
+    assert 1 <= len(said.strip().splitlines()) <= 2, captured.err
+    assert said.startswith("Error: ")
     assert "Traceback" not in captured.err + captured.out
     assert sorted((path, path.stat().st_mtime_ns) for path in place.rglob("*")) == before, "nothing was written"
     return captured.err
@@ -50,7 +55,6 @@ def optimize(task: str, target: str = "latency<=0.5x", *more: str) -> tuple[str,
         ("overlapping", ["Data.train and Data.val overlap", "of 20 items"]),
         ("wrong_shape", ["Data.train[5] is", "5 float32", "4 float32"]),
         ("not_a_number", ["Data.train[7]", "NaN or infinite"]),
-        ("untraceable", ["Branching"]),
         ("vector_loss", ["loss", "scalar"]),
         ("nothing_to_do", ["Nothing in this network can be pruned or quantized"]),
         ("wrong_inputs", ["Linear does not accept a batch of inputs"]),
@@ -64,6 +68,14 @@ def test_a_wrong_task_is_named(
     message = refused(monkeypatch, capsys, tmp_path, *optimize(f"{TASKS}:{name}"))
     for word in words:
         assert word in message
+
+
+def test_a_model_that_does_not_trace_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    # torch.export prints the graph that it had so far before it raises
+    message = refused(monkeypatch, capsys, tmp_path, *optimize(f"{TASKS}:untraceable"))
+    assert "Branching cannot be traced by torch.export" in message
 
 
 @pytest.mark.parametrize(
@@ -175,3 +187,12 @@ def test_measure_names_missing_and_wrong_weights(
     (tmp_path / "bad.safetensors").write_text("not weights")
     assert "bad.safetensors" in refused(monkeypatch, capsys, tmp_path, *words, "bad.safetensors", out=False)
     assert "No task 'nowhere'" in refused(monkeypatch, capsys, tmp_path, "measure", "nowhere", out=False)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema": 1}'])
+def test_replay_of_what_is_no_recipe(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    if content is not None:
+        (tmp_path / "recipe.json").write_text(content)
+    assert "recipe.json" in refused(monkeypatch, capsys, tmp_path, "replay", "recipe.json")

@@ -160,3 +160,11 @@ def test_a_write_that_is_killed_leaves_the_old_or_the_new(tmp_path: Path) -> Non
 
 def test_limits_of_this_process_are_untouched() -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_a_file_that_lacks_a_field_is_named(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run").create({"task": "digits"}) as run:
+        run.write("plan.json", {"workers": 2})
+        assert run.read("plan.json", "workers") == {"workers": 2}
+        with pytest.raises(CorruptRunError, match=r"plan\.json lacks int8"):
+            run.read("plan.json", "workers", "int8")

@@ -14,7 +14,7 @@ from netwright.core.errors import NothingToPruneError, TraceError, TransformErro
 from netwright.core.graph import Call, Graph, UnprovableError, Value, register_rule, trace
 from netwright.core.graph.agreement import outputs
 from netwright.core.graph.rebuild import rebuild, resized
-from netwright.core.graph.rules import pointwise
+from netwright.core.graph.rules import follow, pointwise
 
 sys.path.insert(0, str(Path(__file__).parent))
 from zoo import build
@@ -308,6 +308,32 @@ def test_a_wrong_rule_freezes_instead_of_breaking() -> None:
     assert {item.reason for item in graph.blocked if item.name == "a"} == {
         "its rule does not fit the shape of its result"
     }
+
+
+@torch.library.custom_op("netwright_tests::backwards", mutates_args=())
+def _backwards(x: Tensor) -> Tensor:
+    return x.flip(-1)
+
+
+@_backwards.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_a_rule_that_lies_is_found_out() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.ops.netwright_tests.backwards(self.a(x)))
+
+    register_rule("netwright_tests::backwards", follow)  # in truth the order is reversed
+    model = Model()
+    graph = trace(model, torch.randn(2, 3))
+    with pytest.raises(TransformError, match="Model cannot be shrunk: without these units its outputs differ"):
+        graph.shrink(model, {"a": [0, 1]})
 
 
 @pytest.mark.parametrize(("op", "fn"), [("relu", pointwise), (F.relu, pointwise), ("aten::relu", None)])

@@ -178,6 +178,23 @@ CASES: dict[str, _Case] = {
         lambda: {"conv": nn.Conv2d(3, 8, 3), "fc": nn.Linear(16, 2)},
         {"conv": (8, True)},
     ),
+    "a sum over merged dimensions": _Case(
+        lambda m, x: m.fc(F.softplus(m.conv(x)).flatten(1).sum(1, keepdim=True)),
+        lambda: {"conv": nn.Conv2d(3, 8, 3), "fc": nn.Linear(1, 2)},
+        {"conv": (8, False)},
+    ),
+    "a sum over rows after a bias": _Case(
+        lambda m, x: m.b(m.w @ x).sum(1),
+        lambda: {"w": torch.randn(8, 5), "b": nn.Linear(6, 2)},
+        {"w": (8, False)},
+        _tokens,
+    ),
+    "a sum over rows without a bias": _Case(
+        lambda m, x: m.b(m.w @ x).sum(1),
+        lambda: {"w": torch.randn(8, 5), "b": nn.Linear(6, 2, bias=False)},
+        {"w": (8, True)},
+        _tokens,
+    ),
     # normalizations
     "rms norm": _Case(
         lambda m, x: m.b(m.norm(m.a(x))), lambda: {**_mlp()(), "norm": nn.RMSNorm(8)}, {"a": (8, False)}, _vector
@@ -239,6 +256,18 @@ CASES: dict[str, _Case] = {
         lambda: {"w": torch.randn(8, 5), "b": nn.Linear(8, 2)},
         {"w": (8, True)},
         _tokens,
+    ),
+    "product of two that are not zero at zero": _Case(
+        lambda m, x: m.b(F.softplus(m.a(x)).unsqueeze(1) @ torch.sigmoid(m.c(x)).unsqueeze(2))[:, 0],
+        lambda: {"a": nn.Linear(6, 8), "c": nn.Linear(6, 8), "b": nn.Linear(1, 2)},
+        {"a": (8, False)},
+        _vector,
+    ),
+    "product of two, one zero at zero": _Case(
+        lambda m, x: m.b(F.softplus(m.a(x)).unsqueeze(1) @ torch.tanh(m.c(x)).unsqueeze(2))[:, 0],
+        lambda: {"a": nn.Linear(6, 8), "c": nn.Linear(6, 8), "b": nn.Linear(1, 2)},
+        {"a": (8, True)},
+        _vector,
     ),
     "einsum": _Case(
         lambda m, x: m.b(torch.einsum("ntd,hde->nthe", x, m.w).flatten(2)),
@@ -368,6 +397,18 @@ CASES: dict[str, _Case] = {
     ),
     "unflattened to heads and back": _Case(
         _hidden(lambda x: x.unflatten(-1, (4, 2)).relu().flatten(1)), _mlp(), {"a": (4, True)}, _vector
+    ),
+    "repeated to a length in the code": _Case(
+        lambda m, x: m.b(m.a(x) + m.c(x).expand(-1, 8)),
+        lambda: {"a": nn.Linear(6, 8), "c": nn.Linear(6, 1), "b": nn.Linear(8, 2)},
+        {"a": (8, True)},
+        _vector,
+    ),
+    "flattened onto the input": _Case(
+        lambda m, x: m.fc(m.conv(x).flatten(1) + x.flatten(1)),
+        lambda: {"conv": nn.Conv2d(3, 3, 3, padding=1), "fc": nn.Linear(108, 2)},
+        {},
+        blocked={"conv": "input"},
     ),
     "an empty piece": _Case(
         _hidden(lambda x: torch.cat([x[:, :8].relu(), x[:, 8:]], -1)), _mlp(), {"a": (8, True)}, _vector

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from netwright.core.graph import Graph, Group, export_model, trace
-from netwright.core.graph.agreement import batch_of, inference, outputs
+from netwright.core.graph.agreement import batch_of, outputs
 from netwright.core.graph.export import arguments
+from netwright.core.graph.inference import inference
 
 sys.path.insert(0, str(Path(__file__).parent))
 from zoo import ZOO, build
@@ -55,9 +56,9 @@ EXPECTED: dict[str, list[tuple[str, int, str, bool]]] = {
         ("stem.0", 6), ("blocks.0.expand.0", 18), ("blocks.0.project.0", 8), ("blocks.1.expand.0", 24), ("head.0", 16)
     ),
     "efficientnet": _channels(("stem.0", 8), ("expand.0", 16), ("se.reduce", 4)),
-    # the first half of the stem is shuffled twice, the second feeds the branch
+    # what the second unit keeps and what it works on are shuffled pairs; the second half of the stem feeds a branch
     "shufflenet-v2": _channels(
-        ("stem.0", 8), ("stem.0:2", 4), ("stem.0:3", 4), ("units.0.branch.0.0", 8), ("units.1.branch.0.0", 8),
+        ("stem.0", 4), ("stem.0:2", 4), ("stem.0:3", 8), ("units.0.branch.0.0", 8), ("units.1.branch.0.0", 8),
         ("head.0", 20),
     ),
     "convnext": [("stem", 8, "channels", False), *_units(("blocks.0.pwconv1", 24), ("blocks.1.pwconv1", 24))],

@@ -56,7 +56,7 @@ def point(val: float, latency: float = 1.0, size: float = 1.0, *steps: Step) -> 
     """A point whose latency and size are these shares of 2 ms and 1 MB."""
     times = Latency(2 * latency, 1.9 * latency, 2.2 * latency, 1, 1, "onnxruntime", 10)
     cost = Cost(times, 4_000_000, round(1e6 * size), 8_000_000, 250_000)
-    return Point(steps, val, cost, Ratio(latency, 0.97 * latency, 1.03 * latency, False))
+    return Point(steps, val, cost, Ratio(latency, 0.97 * latency, 1.03 * latency, False, 1.0, 20))
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

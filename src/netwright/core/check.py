@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -73,6 +74,12 @@ def _item(dataset: Dataset, split: str, index: int) -> Any:
         raise DataError(f"Data.{split}[{index}] raised {type(error).__name__}: {error}") from error
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise DataError(f"Data.{split}[{index}] must be a pair (input, target), got {type(item).__name__}.")
+    for leaf in _leaves(item):
+        if not isinstance(leaf, Tensor | np.ndarray | np.generic | int | float):
+            raise DataError(
+                f"Data.{split}[{index}] holds a {type(leaf).__name__}. Inputs and targets must be tensors, arrays or "
+                "numbers: encode text and labels in the dataset."
+            )
     return item
 
 

@@ -203,9 +203,20 @@ class RunDirectory:
         """Whether a file of that name was written."""
         return (self.path / name).exists()
 
-    def read(self, name: str) -> Any:
-        """The JSON file ``name``."""
-        return read_json(self.path / name)
+    def read(self, name: str, *fields: str) -> Any:
+        """The JSON file ``name``, an object that has these ``fields``.
+
+        Raises:
+            CorruptRunError: the file is missing, truncated, not JSON, or lacks a field.
+        """
+        value = read_json(self.path / name)
+        missing = [field for field in fields if not isinstance(value, dict) or field not in value]
+        if missing:
+            raise CorruptRunError(
+                f"{self.path / name} lacks {', '.join(missing)}. It was edited, or another version wrote it; start "
+                "again in another folder."
+            )
+        return value
 
     def write(self, name: str, value: Any) -> None:
         """Replace the JSON file ``name`` atomically."""

@@ -208,7 +208,7 @@ def _as_task(found: Any, spec: str) -> Task:
             found = found()
         except NetwrightError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise TaskError(f"{spec} raised {type(error).__name__}: {error}") from error
     if not isinstance(found, Task):
         raise TaskError(f"{spec} is a {type(found).__name__}, not a netwright.Task or a function that returns one.")
@@ -229,7 +229,7 @@ def _load_file(path: Path) -> Any:
         spec.loader.exec_module(module)
     except NetwrightError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(f"{path} raised {type(error).__name__} while it was imported: {error}") from error
     finally:
         sys.path.remove(str(path.resolve().parent))
@@ -241,5 +241,5 @@ def _load_module(name: str) -> Any:
         return importlib.import_module(name)
     except NetwrightError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(f"Module {name} cannot be imported: {type(error).__name__}: {error}") from error

@@ -84,7 +84,7 @@ def make_baseline(
         }
         run.save(_WEIGHTS, lambda path: save_weights(model, path))
         run.write(_RECORD, record)
-    record = run.read(_RECORD)
+    record = run.read(_RECORD, "point", "epoch_seconds", "history")
     load_weights(model, run.path / _WEIGHTS)
     return Baseline(
         model=model.eval(),

@@ -133,13 +133,15 @@ class Evaluator:
     Args:
         subject: what they start from.
         room: where it works and measures.
+        folder: for the files it makes on the way; by default one of its own, which goes with it.
     """
 
-    def __init__(self, subject: Subject, room: QuietRoom | None = None) -> None:
+    def __init__(self, subject: Subject, room: QuietRoom | None = None, folder: Path | None = None) -> None:
         self._subject = subject
         self._room = room or QuietRoom()
-        self._folder = tempfile.TemporaryDirectory(prefix="netwright-")
-        self._baseline = Path(self._folder.name) / "baseline.onnx"
+        self._own = tempfile.TemporaryDirectory(prefix="netwright-") if folder is None else None
+        self._folder = Path(self._own.name) if self._own is not None else Path(tempfile.mkdtemp(dir=folder))
+        self._baseline = self._folder / "baseline.onnx"
         self._baseline.write_bytes(subject.artifact)
 
     def __call__(self, request: Request, report: Callable[[float, str], None] | None = None) -> Outcome:
@@ -156,7 +158,7 @@ class Evaluator:
 
     def _evaluate(self, request: Request, start: float, report: Callable[[float, str], None] | None) -> Outcome:
         task = self._subject.task
-        path = Path(self._folder.name) / f"{request.number}.onnx"
+        path = self._folder / f"{request.number}.onnx"
 
         def progress(fraction: float, what: str) -> None:
             self._room.give_way()

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -42,7 +43,10 @@ class LocalEngine:
     def __init__(self, subject: Subject, workers: int) -> None:
         self.workers = workers
         self._payload = portable(subject)
+        self._folder = tempfile.TemporaryDirectory(prefix="netwright-")  # workers may be killed: it is ours to clear
         self._workers: list[_Worker] = [self._start() for _ in range(workers)]
+        for worker in self._workers:  # once all of them are starting, for this waits until they read
+            self._feed(worker)
 
     def submit(self, request: Request) -> None:
         """Send a request to a free worker."""
@@ -65,6 +69,7 @@ class LocalEngine:
             worker.process.wait()
             worker.pipe.close()
         self._workers = []
+        self._folder.cleanup()
 
     def _receive(self, worker: _Worker) -> Outcome | None:
         request = worker.request
@@ -77,21 +82,24 @@ class LocalEngine:
             worker.process.kill()
             reason = _cause(worker.process.wait())
             worker.pipe.close()
-            self._workers[self._workers.index(worker)] = self._start()
+            fresh = self._start()
+            self._workers[self._workers.index(worker)] = fresh
+            self._feed(fresh)
             return None if request is None else Outcome(request, None, f"The worker process {reason}.", 0.0)
 
     def _start(self) -> _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "netwright.workshop.worker", str(theirs.fileno())]
+            command = [sys.executable, "-m", "netwright.workshop.worker", str(theirs.fileno()), self._folder.name]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
             process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], start_new_session=True, env=environment, stdin=subprocess.DEVNULL
             )
-        pipe = Connection(ours.detach())
+        return _Worker(process, Connection(ours.detach()))
+
+    def _feed(self, worker: _Worker) -> None:
         with contextlib.suppress(OSError):  # it died at once: wait() sees its end
-            pipe.send_bytes(self._payload)
-        return _Worker(process, pipe)
+            worker.pipe.send_bytes(self._payload)
 
 
 def _cause(code: int) -> str:

@@ -82,7 +82,7 @@ def make_plan(run: RunDirectory, job: Job, task: Task, baseline: Baseline, graph
                 "final_seconds": final,
             },
         )
-    record = run.read(_RECORD)
+    record = run.read(_RECORD, "int8", "int8_table", "workers", "started", "candidate_seconds", "final_seconds")
     return Plan(
         space=Space(groups, record["int8"]),
         workers=job.workers or record["workers"],

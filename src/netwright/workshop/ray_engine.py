@@ -1,6 +1,8 @@
 """Evaluations as Ray actors, on a cluster that is there or on this machine."""
 
 import os
+import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +27,7 @@ class RayEngine:
         workers: how many actors.
 
     Raises:
-        NetwrightError: Ray is not installed, or the named cluster cannot be reached.
+        NetwrightError: Ray is not installed, the named cluster cannot be reached, or it has too few cores.
     """
 
     def __init__(self, subject: Subject, workers: int) -> None:
@@ -35,12 +37,19 @@ class RayEngine:
             raise NetwrightError("--engine ray needs Ray: pip install 'netwright[ray]'.") from error
         self.workers = workers
         self._ray: Any = ray
+        self._actors: list[Any] = []
         self._owned = not ray.is_initialized()
         if self._owned:
             self._connect(workers)
+        cores = int(self._ray.cluster_resources().get("CPU", 0))
+        if cores < workers:
+            self.close()
+            raise NetwrightError(
+                f"The Ray cluster has {cores} cores for {workers} workers. Ask for fewer by --workers."
+            )
         self._payload = ray.put(portable(subject))
         self._class = ray.remote(num_cpus=1)(_Actor)
-        self._actors: list[Any] = [self._start() for _ in range(workers)]
+        self._actors = [self._start() for _ in range(workers)]
         self._flying: dict[Any, tuple[int, Request]] = {}
 
     def submit(self, request: Request) -> None:
@@ -60,6 +69,7 @@ class RayEngine:
         """Kill every actor; a Ray that was started for this run ends too."""
         for actor in self._actors:
             self._ray.kill(actor)
+        self._actors = []
         if self._owned:
             self._ray.shutdown()
 
@@ -71,21 +81,28 @@ class RayEngine:
             return outcome
         except self._ray.exceptions.RayError as error:
             self._actors[index] = self._start()
-            reason = str(error).strip().splitlines()[0]
-            return Outcome(request, None, f"The Ray worker died: {reason[:300]}", 0.0)
+            return Outcome(request, None, f"The Ray worker died: {_reason(str(error))}", 0.0)
 
     def _start(self) -> Any:
         return self._class.remote(self._payload)
 
     def _connect(self, workers: int) -> None:
-        quiet = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
+        quiet = {"logging_level": "ERROR", "log_to_driver": False}
         try:
-            if os.environ.get("RAY_ADDRESS"):
-                self._ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
-            else:
-                self._ray.init(num_cpus=workers, **quiet)
-        except (ConnectionError, RuntimeError) as error:
-            raise NetwrightError(f"The Ray cluster cannot be reached: {error}.") from error
+            try:
+                self._ray.init(address="auto", **quiet)
+            except ConnectionError:
+                if os.environ.get("RAY_ADDRESS"):
+                    raise
+                self._ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise NetwrightError(f"The Ray cluster cannot be reached: {_reason(str(error))}") from error
+
+
+def _reason(text: str) -> str:
+    """The first and the last line of an error of Ray's, without its colours; between them stands a traceback."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
+    return " ... ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))[:500]
 
 
 class _Actor:
@@ -95,7 +112,8 @@ class _Actor:
         import torch
 
         torch.set_num_threads(1)
-        _, subject = cloudpickle.loads(payload)
+        path, subject = cloudpickle.loads(payload)
+        sys.path.extend(folder for folder in path if folder not in sys.path)
         self._evaluator = Evaluator(cloudpickle.loads(subject))
 
     def run(self, request: bytes) -> bytes:

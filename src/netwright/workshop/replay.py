@@ -1,5 +1,6 @@
 """Make a chosen model again from its ``recipe.json``: training, steps and recovery, without the search."""
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def replay(recipe: Path, out: Path, *, progress: Progress | None = None) -> dict
     run = RunDirectory(out)
     run.check_new()
     task = load_task(settings["task"])
-    training = Recipe(**settings["training"])
+    training = Recipe.from_json(json.dumps(settings["training"]))
     model = task.build(settings["seed"])
     with run.create({"schema": 1, "replay_of": settings}):
         if not task.trained:

@@ -72,7 +72,7 @@ def run_job(job: Job, *, resume: bool = False, progress: Progress | None = None)
     run.check_old() if resume else run.check_new()
     task, graph = prepare(job)
     with _owned(run, job, task, resume):
-        if resume and run.has(RESULT) and (run.read(RESULT))["status"] != "interrupted":
+        if resume and run.has(RESULT) and run.read(RESULT, "status")["status"] != "interrupted":
             finished: dict[str, Any] = run.read(RESULT)
             return finished
         session = Session(run, job, task, graph, progress or _silent)

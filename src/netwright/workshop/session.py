@@ -70,7 +70,7 @@ class Session:
 
     def __post_init__(self) -> None:
         if self.run.has(_CLOCK):
-            self._before = float(self.run.read(_CLOCK)["elapsed_s"])
+            self._before = float(self.run.read(_CLOCK, "elapsed_s")["elapsed_s"])
 
     @property
     def _recipe(self) -> Recipe:

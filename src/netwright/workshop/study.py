@@ -16,6 +16,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from netwright.core.errors import CorruptRunError
 from netwright.core.rundir import RunDirectory
 from netwright.workshop.evaluation import Outcome
 from netwright.workshop.point import Point, Step, key, ratios
@@ -72,7 +73,7 @@ class Study:
         self._run, self._space, self._baseline, self._keep = run, space, baseline, keep
         self._metrics = tuple(limit.metric for limit in limits)
         lines = run.lines(EVALUATIONS)
-        self.entries = [_entry(line) for line in lines]
+        self.entries = _entries(run.path / EVALUATIONS, lines)
         self.failed = sum(entry.point is None for entry in self.entries)
         self._next = 1 + max((entry.number for entry in self.entries), default=-1)
         self._known = {key(space.steps(entry.params)) for entry in self.entries}
@@ -149,6 +150,24 @@ class Study:
 
     def _violation(self, point: Point) -> float:
         return self._baseline.val + self._keep.change - point.val
+
+
+def _entries(path: Path, lines: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    """The evaluations that the lines of the log tell of.
+
+    Raises:
+        CorruptRunError: a line that is JSON, but not an evaluation.
+    """
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(_entry(line))
+        except (KeyError, TypeError, IndexError) as error:
+            raise CorruptRunError(
+                f"{path}, line {number}, is not an evaluation ({type(error).__name__}: {error}). It was damaged after "
+                "it was written; delete that line to go on without it."
+            ) from error
+    return found
 
 
 def _entry(line: Mapping[str, Any]) -> Entry:

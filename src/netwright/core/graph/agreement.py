@@ -1,7 +1,6 @@
 """Whether two modules compute the same function, asked with examples."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,28 +8,9 @@ from torch import Tensor, nn
 
 from netwright.core.data import Inputs
 from netwright.core.graph.export import arguments
+from netwright.core.graph.inference import inference
 
-__all__ = ["batch_of", "difference", "example", "first_parameter", "inference", "like", "outputs"]
-
-
-@contextmanager
-def inference(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and without the key-value cache of Transformers models; undone afterwards."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    configs = {id(config): config for module in modes for config in [getattr(module, "config", None)]}
-    cached: list[Any] = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
-    try:
-        for config in cached:
-            config.use_cache = False
-        for module in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for config in cached:
-            config.use_cache = True
-        for module, training in modes.items():
-            module.training = training
+__all__ = ["batch_of", "difference", "example", "first_parameter", "like", "outputs"]
 
 
 def example(inputs: Inputs) -> Inputs:

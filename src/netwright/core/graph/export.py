@@ -1,6 +1,9 @@
 """The one trace that pruning, costs and export share."""
 
-from collections.abc import Mapping
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,7 +43,7 @@ def export_model(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             return torch.export.export(model, args, kwargs, dynamic_shapes=_by_position(shapes, kwargs), strict=False)
     except Exception as error:  # torch.export raises dozens of types; whichever it is, the user needs its reason
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
@@ -51,6 +54,14 @@ def export_model(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch prints of a failed trace, whose reason the error repeats, and warns of recurrent layers."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _by_position(shapes: tuple[Any, dict[str, Any]], kwargs: dict[str, Any]) -> Any:

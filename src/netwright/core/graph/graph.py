@@ -10,10 +10,11 @@ from torch.export import ExportedProgram
 
 from netwright.core.data import Inputs
 from netwright.core.errors import NothingToPruneError, TransformError
-from netwright.core.graph.agreement import difference, example, first_parameter, inference, like
+from netwright.core.graph.agreement import difference, example, first_parameter, like
 from netwright.core.graph.attributes import fit_attributes
 from netwright.core.graph.export import export_model
 from netwright.core.graph.groups import Blocked, Group, find_blocked, find_groups
+from netwright.core.graph.inference import inference
 from netwright.core.graph.patch import changed_lengths, patch
 from netwright.core.graph.rebuild import literals, rebuild, resized
 from netwright.core.graph.solve import Solution, solve
@@ -101,7 +102,8 @@ class Graph:
 
         It is of the model's own class where that class still runs and computes the right thing with smaller
         parameters; otherwise a ``torch.fx.GraphModule`` with the same parameter names. Either has been checked on
-        the traced inputs.
+        the traced inputs, and where all groups are exact against :meth:`zero`. That costs a copy of the model and six
+        to ten passes of two or three items.
 
         Args:
             model: the traced module, or one of the same shape.
@@ -148,6 +150,11 @@ class Graph:
 
 def trace(model: nn.Module, inputs: Inputs) -> Graph:
     """Trace a model once and find everything that can be taken out of it.
+
+    Reach for it before pruning, merging or counting: one trace serves them all, and stays valid as long as the
+    shapes of the model's parameters do. Nearly all of the time goes into ``torch.export``; finding the groups takes a
+    few hundredths of a second for a network of a hundred layers, and grows with the number of layers times the
+    number of parameter rows and columns (not of parameters). The trace holds the model's parameters by reference.
 
     Args:
         model: any module that ``torch.export`` can trace; it is left untouched.

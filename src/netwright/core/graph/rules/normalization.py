@@ -67,7 +67,7 @@ def group_norm(call: Call) -> Answer:
 
 @rule("_weight_norm", "_weight_norm_interface")
 def weight_norm(call: Call) -> Answer:
-    """``g v / ||v||``, one norm for each entry of one dimension. A unit is zeroed by its ``g``, for v would divide by 0."""
+    """``g v / ||v||``, one norm per entry of one dimension. A unit is zeroed by its ``g``, for v is divided by."""
     v, g, dim = call["v"], call["g"], call["dim"] % len(call["v"].axes)
     call.tie(v.axes[dim], g.axes[dim])
     call.keep(v, dim)

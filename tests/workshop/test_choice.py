@@ -1,0 +1,116 @@
+"""Which candidates deserve a full recovery, and which is handed back."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from subjects import point
+
+from netwright.workshop.choice import REFERENCE, excess, front_of, front_volume, ranking, shortfall
+from netwright.workshop.point import Point
+from netwright.workshop.target import parse_keep, parse_targets
+
+BASE = replace(point(0.9), latency_ratio=None)
+LATENCY = parse_targets(["latency<=0.4x"])
+BOTH = parse_targets(["latency<=0.4x,size<=200KB"])
+KEEP = parse_keep("score>=-0.01")
+
+VALUES = st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.5, 0.8, 1.0])
+POINTS = st.lists(st.builds(point, st.sampled_from([0.5, 0.85, 0.88, 0.9, 0.95]), VALUES, VALUES), max_size=9)
+
+
+def triple(one: Point) -> tuple[float, float, float]:
+    assert one.latency_ratio is not None
+    return -one.val, one.latency_ratio.median, one.cost.size_bytes / 1e6
+
+
+@given(POINTS)
+@settings(max_examples=100, deadline=None)
+def test_the_front_is_that_of_brute_force(points: list[Point]) -> None:
+    def beaten(one: Point) -> bool:
+        return any(
+            all(a <= b for a, b in zip(triple(other), triple(one), strict=True)) and triple(other) != triple(one)
+            for other in points
+        )
+
+    found = front_of(points, BASE, BOTH)
+    assert {triple(one) for one in found} == {triple(one) for one in points if not beaten(one)}
+    assert len(found) == len({triple(one) for one in found}), "of twins one stays"
+
+
+def test_metrics_without_a_target_do_not_count_for_the_front() -> None:
+    fast_and_big, slow_and_small = point(0.9, 0.2, 0.9), point(0.9, 0.3, 0.1)
+    assert front_of([fast_and_big, slow_and_small], BASE, LATENCY) == [fast_and_big]
+    assert len(front_of([fast_and_big, slow_and_small], BASE, BOTH)) == 2
+
+
+def test_excess_is_the_worst_factor() -> None:
+    assert excess(point(0.9, 0.2), BASE, LATENCY) == pytest.approx(0.5)
+    assert excess(point(0.9, 0.8), BASE, LATENCY) == pytest.approx(2.0)
+    assert excess(point(0.9, 0.2, 0.6), BASE, BOTH) == pytest.approx(3.0)
+    assert excess(point(0.9, 0.4, 0.2), BASE, BOTH) == pytest.approx(1.0)
+
+
+def test_latency_counts_as_it_was_measured_beside_the_baseline() -> None:
+    one = point(0.9, 0.2)
+    alone = replace(one, cost=replace(one.cost, latency=replace(one.cost.latency, median_ms=40.0)))
+    assert excess(alone, BASE, LATENCY) == pytest.approx(0.5)
+    assert excess(replace(alone, latency_ratio=None), BASE, LATENCY) == pytest.approx(50.0)
+
+
+def test_shortfall_is_what_the_score_lacks() -> None:
+    assert shortfall(point(0.85), BASE, KEEP) == pytest.approx(0.04)
+    assert shortfall(point(0.89), BASE, KEEP) == pytest.approx(0.0)
+    assert shortfall(point(0.95), BASE, KEEP) == pytest.approx(-0.06)
+    assert shortfall(point(0.91), BASE, parse_keep("score>=0.02")) == pytest.approx(0.01)
+
+
+def test_the_order_in_which_candidates_deserve_recovery() -> None:
+    meets_smallest = point(0.892, 0.1)
+    meets = point(0.9, 0.3)
+    meets_twin_with_less_score = point(0.895, 0.3)
+    keeps_near = point(0.95, 0.5)
+    keeps_far = point(0.99, 0.9)
+    lacks_little = point(0.88, 0.05)
+    lacks_much = point(0.5, 0.01)
+    expected = [
+        meets_smallest,
+        meets,
+        meets_twin_with_less_score,
+        keeps_near,
+        keeps_far,
+        lacks_little,
+        lacks_much,
+    ]
+    assert ranking(expected[::-1], BASE, LATENCY, KEEP) == expected
+    assert ranking(expected[3:] + expected[:3], BASE, LATENCY, KEEP) == expected
+
+
+@given(POINTS)
+@settings(max_examples=50, deadline=None)
+def test_ranking_loses_nobody(points: list[Point]) -> None:
+    assert sorted(map(id, ranking(points, BASE, BOTH, KEEP))) == sorted(map(id, points))
+
+
+def test_the_volume_by_hand() -> None:
+    floor = 0.88
+    assert front_volume([], BASE, LATENCY, floor) == 0.0
+    assert front_volume([BASE], BASE, LATENCY, floor) == pytest.approx((REFERENCE - 1.0) / REFERENCE)
+    # the score of the baseline at 0.4 of its latency: all of the box but the part below 0.4
+    assert front_volume([point(0.9, 0.4)], BASE, LATENCY, floor) == pytest.approx((REFERENCE - 0.4) / REFERENCE)
+    # half of the allowed loss
+    assert front_volume([point(0.89, 0.4)], BASE, LATENCY, floor) == pytest.approx(0.5 * (REFERENCE - 0.4) / REFERENCE)
+    assert front_volume([point(0.88, 0.01)], BASE, LATENCY, floor) == 0.0, "at the floor nothing counts"
+    assert front_volume([point(0.99, 0.4)], BASE, LATENCY, floor) == front_volume(
+        [point(0.9, 0.4)], BASE, LATENCY, floor
+    ), "more score than the baseline's adds nothing"
+    whole = front_volume([point(0.9, 0.4, 0.2)], BASE, BOTH, floor)
+    assert whole == pytest.approx((REFERENCE - 0.4) * (REFERENCE - 0.2) / REFERENCE**2)
+
+
+@given(POINTS, POINTS)
+@settings(max_examples=60, deadline=None)
+def test_the_volume_grows_with_the_points_and_stays_a_share(points: list[Point], more: list[Point]) -> None:
+    less, all_ = (front_volume(some, BASE, BOTH, 0.8) for some in (points, points + more))
+    assert 0.0 <= less <= all_ + 1e-12 <= 1.0 + 1e-9

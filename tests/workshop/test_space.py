@@ -1,0 +1,101 @@
+"""The space of steps."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from netwright.compress import Prune
+from netwright.workshop.point import key
+from netwright.workshop.space import Space
+
+GROUPS = st.lists(st.integers(1, 200), min_size=1, max_size=5).map(
+    lambda sizes: tuple((f"layer{number}", size) for number, size in enumerate(sizes))
+)
+
+
+@st.composite
+def proposals(draw: st.DrawFn) -> tuple[Space, dict]:
+    groups = draw(GROUPS)
+    space = Space(groups, draw(st.none() | st.just({"activation": "uint8"})))
+    values: dict = {
+        "keep": draw(st.floats(space.least, 1.0)),
+        "saliency": draw(st.sampled_from(["magnitude", "taylor"])),
+    }
+    for name, _ in groups:
+        values[f"offset/{name}"] = draw(st.integers(-4, 4)) / 4
+    if space.int8 is not None:
+        values["int8"] = draw(st.booleans())
+    return space, values
+
+
+@given(proposals())
+@settings(max_examples=150, deadline=None)
+def test_every_proposal_leaves_a_unit_in_every_group(given_: tuple[Space, dict]) -> None:
+    space, values = given_
+    steps = space.steps(values)
+    assert len(steps) <= 2
+    for step in steps:
+        step.build()  # its settings are valid
+    sizes = dict(space.groups)
+    for step in steps:
+        if step.method.endswith(":Prune"):
+            pruned = Prune(**step.settings)
+            assert isinstance(pruned.ratios, dict)
+            assert pruned.ratios, "a step that does nothing is left out"
+            for name, ratio in pruned.ratios.items():
+                removed = math.floor(ratio * sizes[name] + 1e-9)  # what Prune takes
+                assert 1 <= removed < sizes[name]
+                wanted = min(1.0, values["keep"] * 2 ** values[f"offset/{name}"])
+                left = sizes[name] - removed
+                assert abs(left - wanted * sizes[name]) <= 0.5 + 1e-6 or left == 1
+    assert any(step.method.endswith(":Int8") for step in steps) == bool(values.get("int8"))
+
+
+@given(proposals())
+@settings(max_examples=50, deadline=None)
+def test_distributions_contain_what_may_be_proposed(given_: tuple[Space, dict]) -> None:
+    space, values = given_
+    distributions = space.distributions()
+    assert set(distributions) == set(values)
+    for name, value in values.items():
+        assert distributions[name]._contains(distributions[name].to_internal_repr(value))
+
+
+@pytest.mark.parametrize("int8", [None, {"activation": "uint8", "weight": "int8"}])
+def test_the_ladder_is_valid_and_goes_from_small_to_whole(int8: dict | None) -> None:
+    space = Space((("a", 64), ("b", 128)), int8)
+    ladder = space.ladder()
+    for values in ladder:
+        for name, value in values.items():
+            distribution = space.distributions()[name]
+            assert distribution._contains(distribution.to_internal_repr(value))
+    kept = [values["keep"] for values in ladder]
+    assert min(kept) < 0.1
+    assert max(kept) == 1.0
+    keys = [key(space.steps(values)) for values in ladder if space.steps(values)]
+    assert len(keys) == len(set(keys))
+    if int8 is not None:
+        both = [values["int8"] for values in ladder if values["keep"] == ladder[0]["keep"]]
+        assert both == [True, False], "the middle rung is tried with and without"
+
+
+def test_neutral_values_do_nothing() -> None:
+    assert Space((("a", 8),), {"activation": "uint8"}).steps({}) == ()
+    assert Space((), None).distributions() == {}
+
+
+def test_without_groups_only_precision_is_left() -> None:
+    space = Space((), {"activation": "uint8"})
+    assert list(space.distributions()) == ["int8"]
+    (step,) = space.steps({"int8": True})
+    assert step.settings == {"activation": "uint8"}
+    assert space.ladder()[0] == {"int8": True}
+    assert Space((), {"activation": "uint8"}).size() == pytest.approx(math.log10(2))
+
+
+def test_offsets_move_one_group_only() -> None:
+    space = Space((("a", 100), ("b", 100)), None)
+    (step,) = space.steps({"keep": 0.5, "offset/a": -1.0, "offset/b": 0.5})
+    assert step.settings["ratios"] == pytest.approx({"a": 0.75, "b": 1 - 0.71})

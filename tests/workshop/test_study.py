@@ -1,0 +1,236 @@
+"""The search: the log is the truth, nothing is proposed twice, kept points are preferred."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from subjects import point
+
+from netwright.core.errors import CorruptRunError
+from netwright.core.rundir import RunDirectory
+from netwright.workshop.evaluation import Outcome, Request
+from netwright.workshop.point import key
+from netwright.workshop.space import Space
+from netwright.workshop.study import EVALUATIONS, Entry, Proposal, Study
+from netwright.workshop.target import parse_keep, parse_targets
+
+SPACE = Space((("a", 16), ("b", 32)), {"activation": "uint8"})
+BASE = replace(point(0.9), latency_ratio=None)
+
+
+def study(run: RunDirectory, space: Space = SPACE, keep: str = "score>=-0.01", target: str = "latency<=0.4x") -> Study:
+    return Study(run, space, BASE, parse_targets([target]), parse_keep(keep), seed=0)
+
+
+def open_run(path: Path) -> RunDirectory:
+    run = RunDirectory(path)
+    return run.open() if path.exists() else run.create({})
+
+
+def answer(found: Study, proposal: Proposal, val: float = 0.9, latency: float = 0.5) -> Entry:
+    request = Request(proposal.number, proposal.steps, 1.0, 5, proposal.params)
+    made = point(val, latency, 1.0, *proposal.steps)
+    return found.tell(proposal, Outcome(request, made, None, 2.5, epochs=1.25), finished=10.0)
+
+
+def fail(found: Study, proposal: Proposal) -> Entry:
+    request = Request(proposal.number, proposal.steps, 1.0, 5, proposal.params)
+    return found.tell(proposal, Outcome(request, None, "NonFiniteLossError: nan", 0.5), finished=11.0)
+
+
+def ask(found: Study) -> Proposal:
+    proposal = found.ask()
+    assert proposal is not None
+    return proposal
+
+
+def search(found: Study, count: int, judge: Callable[[Proposal], tuple[float, float]]) -> list[Proposal]:
+    proposals = []
+    for _ in range(count):
+        proposals.append(ask(found))
+        answer(found, proposals[-1], *judge(proposals[-1]))
+    return proposals
+
+
+def trials(run: RunDirectory) -> list[optuna.trial.FrozenTrial]:
+    storage = JournalStorage(JournalFileBackend(str(run.path / "study.journal")))
+    return optuna.load_study(study_name="netwright", storage=storage).trials
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_told(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        found = study(run)
+        first = ask(found)
+        assert not (run.path / EVALUATIONS).exists()
+        entry = answer(found, first, 0.88, 0.3)
+        second = ask(found)
+        failed = fail(found, second)
+        lines = [json.loads(line) for line in (run.path / EVALUATIONS).read_text().splitlines()]
+    assert [line["state"] for line in lines] == ["ok", "failed"]
+    assert [line["trial"] for line in lines] == [0, 1]
+    assert lines[0]["point"]["score"]["val"] == 0.88
+    assert lines[0]["params"] == first.params
+    assert (lines[0]["seed"], lines[0]["epochs"], lines[0]["seconds"], lines[0]["finished_s"]) == (5, 1.25, 2.5, 10.0)
+    assert lines[1]["point"] is None
+    assert lines[1]["error"] == "NonFiniteLossError: nan"
+    assert found.entries == [entry, failed]
+    assert found.failed == 1
+
+
+def test_the_ladder_comes_first(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        found = study(run)
+        ladder = [values for values in SPACE.ladder() if SPACE.steps(values)]
+        assert [dict(ask(found).params) for _ in ladder] == ladder
+
+
+def test_nothing_is_proposed_twice_and_numbers_go_up(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        found = study(run)
+        proposals = []
+        for number in range(60):
+            proposals.append(ask(found))
+            if number % 3 == 2:  # three are under way at any time
+                for proposal in proposals[-3:]:
+                    _ = fail(found, proposal) if proposal.number % 5 == 0 else answer(found, proposal)
+    assert [proposal.number for proposal in proposals] == list(range(60))
+    assert len({key(proposal.steps) for proposal in proposals}) == 60
+    assert all(proposal.steps for proposal in proposals)
+
+
+def test_a_resumed_study_knows_what_was_and_goes_on(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        found = study(run)
+        before = search(found, 9, lambda proposal: (0.85, 0.5))
+        fail(found, ask(found))
+        lost = ask(found)  # never answered: the run was killed
+        entries = list(found.entries)
+        log = (run.path / EVALUATIONS).read_bytes()
+    with open_run(tmp_path / "run") as run:
+        again = study(run)
+        assert again.entries == entries
+        assert again.failed == 1
+        assert (run.path / EVALUATIONS).read_bytes() == log
+        old = {key(proposal.steps) for proposal in before}
+        fresh = [ask(again) for _ in range(20)]
+        assert not old & {key(proposal.steps) for proposal in fresh}
+        assert key(lost.steps) in {key(proposal.steps) for proposal in fresh}, "what was lost is proposed again"
+        assert [proposal.number for proposal in fresh] == list(range(10, 30))
+
+
+@pytest.mark.parametrize("damage", ["gone", "garbage", "torn"])
+def test_a_lost_journal_is_made_anew_from_the_log(damage: str, tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        found = study(run)
+        search(found, 5, lambda proposal: (0.8 + proposal.number / 50, 0.5 - proposal.number / 20))
+        fail(found, ask(found))
+        told = [trial for trial in trials(run) if trial.state.is_finished()]
+        journal = run.path / "study.journal"
+        if damage == "gone":
+            journal.unlink()
+        elif damage == "garbage":
+            journal.write_bytes(b"\x00garbage\n" * 7)
+        else:
+            journal.write_bytes(journal.read_bytes()[:-25])
+    with open_run(tmp_path / "run") as run:
+        study(run)
+        rebuilt = [trial for trial in trials(run) if trial.state.is_finished()]
+    assert (
+        [trial.state for trial in rebuilt]
+        == [trial.state for trial in told]
+        == [TrialState.COMPLETE] * 5 + [TrialState.FAIL]
+    )
+    for one, other in zip(rebuilt[:5], told[:5], strict=True):
+        assert one.params == other.params
+        assert one.values == other.values
+        assert one.constraints == other.constraints
+        assert one.constraints == {"score": pytest.approx(0.89 - one.values[0])}
+    assert told[2].values == pytest.approx([0.84, 0.4]), "the score goes up, latency comes as a share"
+
+
+def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        found = study(run)
+        search(found, 3, lambda proposal: (0.9, 0.5))
+        log = run.path / EVALUATIONS
+        whole = log.read_bytes()
+    log.write_bytes(whole[:-40])
+    with open_run(tmp_path / "run") as run:
+        again = study(run)
+        assert [entry.number for entry in again.entries] == [0, 1]
+        assert log.read_bytes() == b"".join(whole.splitlines(keepends=True)[:2])
+        answer(again, ask(again))
+        assert len(run.lines(EVALUATIONS)) == 3
+
+
+@pytest.mark.parametrize("damage", [b'{"trial": 1, "sta\n', b"\xff\xfe\n", b"\n"])
+def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(damage: bytes, tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        search(study(run), 3, lambda proposal: (0.9, 0.5))
+        log = run.path / EVALUATIONS
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(lines[0] + damage + lines[2])
+    with pytest.raises(CorruptRunError, match=r"evaluations\.jsonl, line 2"):
+        open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "7", '{"trial": 1, "point": {"steps": []}}', "null"])
+def test_a_line_that_is_json_but_no_evaluation_is_named(line: str, tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        search(study(run), 2, lambda proposal: (0.9, 0.5))
+        with (run.path / EVALUATIONS).open("a") as log:
+            log.write(line + "\n")
+        with pytest.raises(CorruptRunError, match=r"evaluations\.jsonl, line 3, is not an evaluation"):
+            study(run)
+
+
+def test_a_small_space_ends(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        found = study(run, Space((("a", 2),), None))
+        first, second = ask(found), ask(found)
+        assert {first.steps[0].settings["saliency"], second.steps[0].settings["saliency"]} == {"magnitude", "taylor"}
+        assert first.steps[0].settings["ratios"] == {"a": 0.5}
+        answer(found, first)
+        assert found.ask() is None
+        fail(found, second)
+        assert found.ask() is None, "what failed is not tried again"
+    with open_run(tmp_path / "run") as run:
+        assert study(run, Space((("a", 2),), None)).ask() is None
+
+
+def test_precision_alone_is_a_space_of_one(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        found = study(run, Space((), {"activation": "uint8"}))
+        assert [step.method for step in ask(found).steps] == ["netwright.compress:Int8"]
+        assert found.ask() is None
+
+
+def test_more_targets_are_more_objectives_also_on_resume(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        search(study(run), 3, lambda proposal: (0.9, 0.5))
+    with open_run(tmp_path / "run") as run:
+        study(run, target="latency<=0.4x,size<=0.1x")
+        assert [trial.values for trial in trials(run)[:3]] == [pytest.approx([0.9, 0.5, 1.0])] * 3
+
+
+def test_kept_points_are_preferred_once_the_floor_counts(tmp_path: Path) -> None:
+    """The smaller, the faster and the worse: below a quarter the score falls under the floor."""
+
+    def judge(proposal: Proposal) -> tuple[float, float]:
+        keep = proposal.params["keep"]
+        return (0.9 if keep >= 0.25 else 0.9 - (0.25 - keep)), keep
+
+    def share_kept(name: str, keep: str) -> float:
+        with open_run(tmp_path / name) as run:
+            late = search(study(run, keep=keep), 90, judge)[40:]
+        return sum(proposal.params["keep"] >= 0.25 for proposal in late) / len(late)
+
+    with_floor, without = share_kept("floor", "score>=-0.001"), share_kept("free", "score>=-0.9")
+    assert with_floor > without + 0.2
+    assert with_floor > 0.7
