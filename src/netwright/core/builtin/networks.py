@@ -91,7 +91,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_dim = dim // heads
         self.norm1 = nn.LayerNorm(dim)
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(dim, dim)
@@ -103,14 +103,13 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The stream after attention and feed-forward."""
-        n, t, dim = x.shape
+        n, t, _ = x.shape
         y = self.norm1(x)
         query, key, value = (
-            layer(y).view(n, t, self.heads, dim // self.heads).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
+            layer(y).view(n, t, -1, self.head_dim).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
         attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).reshape(n, t, dim))
+        x = x + self.out(attended.transpose(1, 2).reshape(n, t, -1))
         y = self.down(functional.gelu(self.up(self.norm2(x))))
         return torch.add(x, y)
 

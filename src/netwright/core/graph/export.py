@@ -1,6 +1,7 @@
 """The one trace that pruning, costs and export share."""
 
 import contextlib
+import inspect
 import io
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 from netwright.core.data import Inputs
 from netwright.core.errors import TraceError
+from netwright.core.graph.inference import inference
 
 __all__ = ["arguments", "export_model"]
 
@@ -39,21 +41,17 @@ def export_model(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     """
     inputs = _at_least_two(inputs)
     args, kwargs = arguments(inputs)
-    shapes = _dynamic_batch(args), {key: _dynamic_batch(value) for key, value in kwargs.items()}
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad(), _quiet():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=_by_position(shapes, kwargs), strict=False)
+        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        shapes = {name: _dynamic_batch(value) for name, value in bound.items()}
+        with inference(model), _quiet():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises dozens of types; whichever it is, the user needs its reason
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
         raise TraceError(
             f"{type(model).__name__} cannot be traced by torch.export: {type(error).__name__}: {reason[:300]} "
             "Data-dependent Python control flow in forward() is the usual cause; see torch.export's documentation."
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextlib.contextmanager
@@ -62,10 +60,6 @@ def _quiet() -> Iterator[None]:
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _by_position(shapes: tuple[Any, dict[str, Any]], kwargs: dict[str, Any]) -> Any:
-    return shapes[1] if kwargs else shapes[0]
 
 
 def _dynamic_batch(value: Any) -> Any:
