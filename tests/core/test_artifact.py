@@ -156,7 +156,7 @@ def test_onnx_module_refuses_missing_and_broken_files(tmp_path):
 
 def test_onnx_errors_leave_nothing(conv, tmp_path, monkeypatch):
     x = torch.randn(2, 3, 6, 6)
-    with pytest.raises(ArtifactError, match="cannot be written"):
+    with pytest.raises(ArtifactError, match="Cannot write"):
         export_onnx(conv, x, tmp_path / "missing" / "model.onnx")
 
     class Branches(nn.Module):
@@ -259,5 +259,5 @@ def test_weights_missing_truncated_corrupt(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(ArtifactError, match="not a readable safetensors file"):
             load_weights(model, path)
-    with pytest.raises(ArtifactError, match="cannot be written"):
+    with pytest.raises(ArtifactError, match="Cannot write"):
         save_weights(model, tmp_path / "none" / "model.safetensors")

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netwright.core.errors import CorruptRunError, RunDirectoryError, RunLockedError
-from netwright.core.rundir import RunDirectory, atomic_write, read_json, read_lines, write_json
+from netwright.core.files import atomic_write
+from netwright.core.rundir import RunDirectory, read_json, read_lines, write_json
 
 
 def test_settings_and_logs_come_back(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from subjects import point
 
-from netwright.workshop.choice import REFERENCE, excess, front_of, front_volume, ranking, shortfall
+from netwright.workshop.choice import REFERENCE, excess, finalists, front_of, front_volume, ranking, shortfall
 from netwright.workshop.point import Point
 from netwright.workshop.target import parse_keep, parse_targets
 
@@ -85,6 +85,16 @@ def test_the_order_in_which_candidates_deserve_recovery() -> None:
     ]
     assert ranking(expected[::-1], BASE, LATENCY, KEEP) == expected
     assert ranking(expected[3:] + expected[:3], BASE, LATENCY, KEEP) == expected
+
+
+def test_finalists_may_lack_what_recovery_gives_back() -> None:
+    cheap, dear = point(0.9, 0.1), point(0.95, 0.3)
+    nearly, hardly = point(0.88, 0.2), point(0.862, 0.05)
+    over, lost = point(0.9, 0.5), point(0.7, 0.01)
+    expected = [cheap, dear, nearly, hardly, over, lost]
+    for points in (expected, expected[::-1], expected[3:] + expected[:3]):
+        assert finalists(points, BASE, LATENCY, KEEP, 6) == expected
+    assert finalists(expected, BASE, LATENCY, KEEP, 3) == expected[:3]
 
 
 @given(POINTS)

@@ -1,7 +1,9 @@
 """One candidate: its steps, its recovery, its scores and costs, and its faults."""
 
+import copy
 import dataclasses
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ from subjects import INT8, RECIPE, prune, request, subject, weights_of
 from torch import Tensor, nn
 
 from netwright.core.evaluate import evaluate
+from netwright.core.fit import fit
 from netwright.core.onnx_module import OnnxModule
 from netwright.core.recipe import Recipe
+from netwright.workshop import evaluation
 from netwright.workshop.evaluation import (
     Evaluator,
     Outcome,
@@ -23,6 +27,7 @@ from netwright.workshop.evaluation import (
     scaled,
     structure,
 )
+from netwright.workshop.pace import epoch_seconds
 from netwright.workshop.point import Step
 from netwright.workshop.quiet import QuietRoom
 
@@ -119,19 +124,31 @@ def test_recovery_helps_a_candidate_that_was_cut_hard(evaluated: Evaluated, room
 
 
 @pytest.mark.parametrize(
-    ("epoch_seconds", "seconds", "expected"),
+    ("epoch", "seconds", "expected"),
     [
         (1e9, 1.0, 0.02 * RECIPE.epochs),  # never less than a fiftieth of the recipe
-        (4.0, 1.0, None),  # as many as fit into the time, by the share of multiply-accumulates
+        (4.0, 1.0, 0.25),  # as many as fit into the time
+        (1e-9, 1.0, 4.0 * RECIPE.epochs),  # never more than four times the recipe
     ],
 )
-def test_time_becomes_epochs(epoch_seconds: float, seconds: float, expected: float | None, room: QuietRoom) -> None:
-    base = subject(epoch_seconds=epoch_seconds)
-    outcome = Evaluator(base, room)(Request(0, (prune(first=0.5),), seconds, 0))
+def test_time_becomes_epochs(
+    epoch: float, seconds: float, expected: float, room: QuietRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "epoch_seconds", lambda *_: epoch)
+    outcome = Evaluator(subject(), room)(Request(0, (prune(first=0.5),), seconds, 0))
     assert outcome.point is not None
-    share = outcome.point.cost.macs / base.macs
-    assert 0.08 < share < 1
-    assert outcome.epochs == pytest.approx(expected or seconds / (epoch_seconds * share), abs=1e-3)
+    assert outcome.epochs == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_pace_is_that_of_training_and_leaves_the_model_alone() -> None:
+    base = subject()
+    before = weights_of(base.model)
+    predicted = epoch_seconds(base.model, base.task, base.recipe, None)
+    start = time.perf_counter()
+    fit(copy.deepcopy(base.model), base.task, base.recipe.replace(epochs=3), validate=False)
+    taken = (time.perf_counter() - start) / 3
+    assert 0.2 < predicted / taken < 5, "within what a loaded machine does to so short a time"
+    assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
 
 
 def test_progress_is_told_in_order(room: QuietRoom) -> None:

@@ -129,7 +129,7 @@ def test_lambdas_and_classes_of_a_task_file_travel_to_workers(tmp_path: Path) ->
     task = load_task(f"{path}:task")
     path.unlink()  # a worker gets the objects themselves, not the file
     model = task.build(0).eval()
-    base = replace(subject(), task=task, model=model, artifact=_artifact(model, task, tmp_path / "model.onnx"), macs=48)
+    base = replace(subject(), task=task, model=model, artifact=_artifact(model, task, tmp_path / "model.onnx"))
     made = LocalEngine(base, 1)
     try:
         step = replace(prune(), settings={"ratios": {"body.0": 0.5}})

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from netwright.core.data import Inputs
 from netwright.core.errors import ArtifactError
+from netwright.core.files import atomic_write
 from netwright.core.graph.export import export_model
-from netwright.core.onnx_export import atomic_write, export_onnx
+from netwright.core.onnx_export import export_onnx
 from netwright.core.onnx_module import OnnxModule
 
 __all__ = ["OnnxModule", "export_onnx", "load_weights", "save_program", "save_weights"]
@@ -47,12 +48,8 @@ def save_program(model: nn.Module, inputs: Inputs, path: str | Path) -> None:
     Cost: one trace and one copy of the weights on disk.
     """
     program = export_model(model, inputs)
-
-    def write(place: Path) -> None:
-        with place.open("wb") as file:
-            torch.export.save(program, file)
-
-    atomic_write(path, write)
+    with atomic_write(Path(path), ArtifactError) as place, place.open("wb") as file:
+        torch.export.save(program, file)
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
@@ -92,7 +89,8 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         else:
             aliases[_ALIASES + name] = owner
     metadata = {"format": "pt", **aliases}
-    atomic_write(path, lambda place: place.write_bytes(safetensors.torch.save(tensors, metadata)))
+    with atomic_write(Path(path), ArtifactError) as place:
+        place.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

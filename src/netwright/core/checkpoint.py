@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from netwright.core.errors import CorruptRunError, RunDirectoryError
-from netwright.core.rundir import atomic_write
+from netwright.core.files import atomic_write
 
 __all__ = ["load_checkpoint", "require_same", "save_checkpoint"]
 

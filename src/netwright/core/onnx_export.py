@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,9 +18,10 @@ from torch.utils import _pytree as pytree
 from netwright.core import fake_quantize, onnx_quantized
 from netwright.core.data import Inputs
 from netwright.core.errors import ArtifactError
+from netwright.core.files import atomic_write
 from netwright.core.graph.export import export_model
 
-__all__ = ["OUTPUTS_KEY", "atomic_write", "export_onnx", "input_names", "output_names"]
+__all__ = ["OUTPUTS_KEY", "export_onnx", "input_names", "output_names"]
 
 OUTPUTS_KEY = "outputs"
 """Metadata key of a file that returns a tuple (its value is ``"tuple"``) or a dict (its keys as a JSON list)."""
@@ -75,28 +74,8 @@ def export_onnx(model: nn.Module | ExportedProgram, inputs: Inputs, path: str | 
             f"The ONNX file would hold {size / 2**30:.1f} GiB; a single file holds less than 2. Quantize or prune the "
             "model first."
         )
-    atomic_write(path, lambda place: place.write_bytes(proto.SerializeToString()))
-
-
-def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a temporary path beside ``path``, then move the file into place.
-
-    Raises:
-        ArtifactError: a folder that does not exist or cannot be written, or a full disk.
-    """
-    path = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            write(temporary)
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}.") from error
+    with atomic_write(Path(path), ArtifactError) as place:
+        place.write_bytes(proto.SerializeToString())
 
 
 def input_names(program: ExportedProgram) -> list[str]:
@@ -264,9 +243,3 @@ def _short(number: int) -> str:
     while number := number // 26:
         text += digits[number % 26]
     return text
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

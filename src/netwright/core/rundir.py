@@ -6,48 +6,19 @@ lines, each flushed before the call returns. One process at a time owns the dire
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from netwright.core.errors import CorruptRunError, RunDirectoryError, RunLockedError
+from netwright.core.files import atomic_write
 
-__all__ = ["RunDirectory", "atomic_write", "read_json", "read_lines", "write_json"]
+__all__ = ["RunDirectory", "read_json", "read_lines", "write_json"]
 
 MARK = "run.json"
 _LOCK = ".lock"
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; rename it to ``path`` when the block ends well.
-
-    A reader, or a process started after a crash, sees the old file or the new one, never a part.
-
-    Raises:
-        RunDirectoryError: the file cannot be written, for example on a full disk.
-    """
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            with temporary.open("rb+") as written:
-                os.fsync(written.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"Cannot write {path}: {error.strerror or error}. Free some space or choose another folder, then go on "
-            "with --resume."
-        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -113,8 +84,7 @@ class RunDirectory:
         path: the folder.
 
     Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
+        >>>         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with RunDirectory(Path(folder) / "run").create({"task": "digits"}) as run:
         ...         run.append("log.jsonl", {"trial": 0})
         ...         run.lines("log.jsonl")

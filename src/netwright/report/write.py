@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from netwright.core.rundir import atomic_write
+from netwright.core.files import atomic_write
 from netwright.report.page import render
 from netwright.report.read import read_run
 

@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -30,7 +29,6 @@ from netwright.workshop.quiet import QuietRoom
 __all__ = ["Baseline", "make_baseline", "make_teacher", "plain"]
 
 _WEIGHTS, _MODEL, _RECORD = "baseline.safetensors", "baseline.onnx", "baseline.json"
-_TIMED_STEPS = 4
 _TIMED_ITEMS = 128
 _REMEMBERED = 16_000_000  # elements of the teacher's outputs
 
@@ -43,7 +41,6 @@ class Baseline:
         model: the trained module.
         point: its validation score and cost.
         artifact: it as an ONNX model.
-        epoch_seconds: time of an epoch of training on one thread.
         history: record of its training, empty when it came trained.
         teacher: what recovery imitates: its outputs on the training split where they are always the same,
             the model itself where the data are drawn anew each time, None where imitating costs too much time.
@@ -52,7 +49,6 @@ class Baseline:
     model: nn.Module
     point: Point
     artifact: bytes
-    epoch_seconds: float
     history: tuple[dict[str, Any], ...]
     teacher: nn.Module | Tensor | None
 
@@ -79,18 +75,16 @@ def make_baseline(
             )
         record = {
             "point": Point((), val, cost).to_dict(),
-            "epoch_seconds": _epoch_seconds(model, task, recipe),
             "history": history,
         }
         run.save(_WEIGHTS, lambda path: save_weights(model, path))
         run.write(_RECORD, record)
-    record = run.read(_RECORD, "point", "epoch_seconds", "history")
+    record = run.read(_RECORD, "point", "history")
     load_weights(model, run.path / _WEIGHTS)
     return Baseline(
         model=model.eval(),
         point=Point.from_dict(record["point"]),
         artifact=(run.path / _MODEL).read_bytes(),
-        epoch_seconds=record["epoch_seconds"],
         history=tuple(record["history"]),
         teacher=make_teacher(model, task, teacher_seconds),
     )
@@ -137,17 +131,3 @@ def _first(task: Task, count: int) -> Task:
     assert isinstance(train, TensorDataset)
     part = TensorDataset(*(tensor[:count] for tensor in train.tensors))
     return dataclasses.replace(task, data=Data(part, task.data.val, task.data.test))
-
-
-def _epoch_seconds(model: nn.Module, task: Task, recipe: Recipe) -> float:
-    """Time of an epoch of recovery on one thread, from a few steps of it."""
-    per_epoch = max(1, math.ceil(len(task.data.train) / recipe.batch_size))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        start = time.perf_counter()
-        steps = min(_TIMED_STEPS, per_epoch)
-        fit(copy.deepcopy(model), task, recipe.replace(epochs=steps / per_epoch), validate=False)
-        return (time.perf_counter() - start) * per_epoch / steps
-    finally:
-        torch.set_num_threads(threads)

@@ -6,10 +6,14 @@ from netwright.core.front import Front
 from netwright.workshop.point import Point, ratios
 from netwright.workshop.target import Keep, Limit
 
-__all__ = ["REFERENCE", "excess", "front_of", "front_volume", "ranking", "shortfall"]
+__all__ = ["REFERENCE", "excess", "finalists", "front_of", "front_volume", "ranking", "shortfall"]
 
 REFERENCE = 1.1
 """Ratio at which a cost stops to count for the hypervolume: a little beyond the baseline's own."""
+
+
+_SLACK = 3.0
+_LEAST_SLACK = 0.005  # of the score, where nothing may be given up
 
 
 def front_of(points: Sequence[Point], baseline: Point, limits: Sequence[Limit]) -> list[Point]:
@@ -53,7 +57,7 @@ def shortfall(point: Point, baseline: Point, keep: Keep) -> float:
 
 
 def ranking(points: Sequence[Point], baseline: Point, limits: Sequence[Limit], keep: Keep) -> list[Point]:
-    """Points in the order in which they deserve a full recovery.
+    """Points in the order in which they would be handed back.
 
     First those that meet every target and keep the score, smallest costs first; then those that only keep the
     score, nearest to the target first; then the rest, by how much score they lack.
@@ -66,3 +70,23 @@ def ranking(points: Sequence[Point], baseline: Point, limits: Sequence[Limit], k
         return (2.0, lacking, over)
 
     return sorted(points, key=order)
+
+
+def finalists(points: Sequence[Point], baseline: Point, limits: Sequence[Limit], keep: Keep, count: int) -> list[Point]:
+    """Which candidates deserve a full recovery, most promising first.
+
+    Candidates trained only briefly while searching, so one that meets every target and lacks a little of the score (up
+    to three times what may be given up) is expected to regain it, and goes before one that keeps the score beyond
+    a target. Of those that keep it, the cheapest come first; of those that lack it, the nearest.
+    """
+    slack = _SLACK * max(abs(keep.change), _LEAST_SLACK)
+
+    def order(point: Point) -> tuple[float, ...]:
+        over, lacking = excess(point, baseline, limits), shortfall(point, baseline, keep)
+        if over <= 1 and lacking <= 0:
+            return (0.0, over)
+        if over <= 1 and lacking <= slack:
+            return (1.0, lacking)
+        return (2.0, over, lacking) if lacking <= 0 else (3.0, lacking, over)
+
+    return sorted(points, key=order)[:count]

@@ -23,20 +23,21 @@ from netwright.core.errors import NetwrightError
 from netwright.core.evaluate import evaluate
 from netwright.core.fit import Record, fit
 from netwright.core.graph.export import export_model
-from netwright.core.graph.macs import total_macs
 from netwright.core.onnx_export import export_onnx
 from netwright.core.onnx_module import OnnxModule
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
+from netwright.workshop.pace import epoch_seconds
 from netwright.workshop.point import Point, Step
 from netwright.workshop.quiet import QuietRoom
 
 __all__ = ["Evaluator", "Measuring", "Outcome", "Request", "Subject", "is_low_precision", "rebuild", "structure"]
 
 _QUANTIZED_SHARE = 0.3  # of the recovery is spent after a step that simulates low precision
+_QUANTIZED_COST = 2.5  # an epoch there takes this many times as long
 _QUANTIZED_RATE = 0.25  # and at this share of the learning rate
-_OVERHEAD = 0.08  # share of an epoch's time that does not shrink with the network
-_MOST_EPOCHS, _LEAST_EPOCHS = 3.0, 0.02  # of recovery, in lengths of the task's own recipe
+_OWN_SHARE = 0.25  # of the recipe's epochs, where the task trains by its own fit
+_MOST_EPOCHS, _LEAST_EPOCHS = 4.0, 0.02  # of recovery, in lengths of the task's own recipe
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,6 @@ class Subject:
         teacher: what recovery imitates: the baseline, or its outputs on the training split, or nothing.
         artifact: the baseline as an ONNX model.
         recipe: how candidates are trained.
-        epoch_seconds: time of one epoch of the baseline on one thread.
-        macs: the baseline's multiply-accumulates.
         measuring: how latency is measured.
     """
 
@@ -122,8 +121,6 @@ class Subject:
     teacher: nn.Module | Tensor | None
     artifact: bytes
     recipe: Recipe
-    epoch_seconds: float
-    macs: int
     measuring: Measuring
 
 
@@ -203,8 +200,9 @@ class Evaluator:
         quantizing = [step for step in map(Step.build, request.steps) if is_low_precision(step)]
         model = structure(subject.model, subject.task, request.steps, request.seed)
         progress(0.0, "pruned")
-        epochs = request.epochs if request.epochs is not None else self._epochs(model, request.seconds)
         share = _QUANTIZED_SHARE if quantizing else 0.0
+        slower = 1 - share + share * _QUANTIZED_COST
+        epochs = request.epochs if request.epochs is not None else self._epochs(model, request.seconds / slower)
         records: tuple[Record, ...] = ()
         if len(quantizing) < len(request.steps):
             model, records = self._recover(model, epochs * (1 - share), 1.0, request.seed, progress)
@@ -227,12 +225,13 @@ class Evaluator:
         return result.model, result.history
 
     def _epochs(self, model: nn.Module, seconds: float) -> float:
-        """Epochs that fit into ``seconds``: an epoch's time falls with the MACs, down to a floor of overhead."""
+        """Epochs that fit into ``seconds`` of training this candidate here; a fixed share under a task's own fit."""
         subject = self._subject
-        macs = total_macs(export_model(model, subject.task.example(2)))
-        share = max(macs / max(subject.macs, 1), _OVERHEAD)
+        if subject.task.fit is not None:
+            return _OWN_SHARE * subject.recipe.epochs
         most, least = _MOST_EPOCHS * subject.recipe.epochs, _LEAST_EPOCHS * subject.recipe.epochs
-        return round(min(most, max(least, seconds / (subject.epoch_seconds * share))), 3)
+        epochs = seconds / epoch_seconds(model, subject.task, subject.recipe, subject.teacher)
+        return round(min(most, max(least, epochs)), 3)
 
     def _measure(self, path: Path, program: ExportedProgram) -> tuple[Cost, Ratio]:
         how = self._subject.measuring

@@ -10,8 +10,6 @@ import torch
 from netwright.core.artifact import save_program, save_weights
 from netwright.core.errors import CorruptRunError, NetwrightError
 from netwright.core.fit import fit
-from netwright.core.graph.export import export_model
-from netwright.core.graph.macs import total_macs
 from netwright.core.onnx_export import export_onnx
 from netwright.core.recipe import Recipe
 from netwright.core.rundir import RunDirectory, read_json
@@ -69,8 +67,6 @@ def replay(recipe: Path, out: Path, *, progress: Progress | None = None) -> dict
                 teacher=make_teacher(model, task, float("inf")) if settings["imitates"] else None,
                 artifact=_onnx(model, example),
                 recipe=training,
-                epoch_seconds=1.0,
-                macs=total_macs(export_model(model, example)),
                 measuring=Measuring(),
             )
             request = Request(

@@ -14,7 +14,7 @@ from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.core.transform import Progress
 from netwright.workshop.baseline import Baseline, make_baseline
-from netwright.workshop.choice import ranking
+from netwright.workshop.choice import finalists
 from netwright.workshop.engine import Engine
 from netwright.workshop.evaluation import Outcome, Request, Subject
 from netwright.workshop.finish import Findings, conclude, write_unbegun
@@ -125,8 +125,6 @@ class Session:
             teacher=baseline.teacher,
             artifact=baseline.artifact,
             recipe=self._recipe,
-            epoch_seconds=baseline.epoch_seconds,
-            macs=baseline.point.cost.macs,
             measuring=self.job.measuring,
         )
 
@@ -173,7 +171,7 @@ class Session:
         """Recover the most promising candidates in full, several rounds of them if the time allows."""
         found = {id(entry.point): entry for entry in study.entries if entry.point is not None}
         points = [entry.point for entry in study.entries if entry.point is not None]
-        order = ranking(points, baseline.point, self.job.limits, self.job.keep)[: _FINALISTS * engine.workers]
+        order = finalists(points, baseline.point, self.job.limits, self.job.keep, _FINALISTS * engine.workers)
         rounds = -(-len(order) // engine.workers)
         left = max(self.job.budget - self.elapsed() - _CLOSING, plan.candidate_seconds)
         usual = statistics.median([entry.seconds for entry in study.entries]) if study.entries else 0.0

@@ -25,8 +25,8 @@ from torch.utils.data import TensorDataset
 from netwright.core.builtin.networks import ResNet
 from netwright.core.data import Data
 from netwright.core.errors import DataError, MissingDataError, NetwrightError
+from netwright.core.files import atomic_write
 from netwright.core.recipe import Recipe
-from netwright.core.rundir import atomic_write
 from netwright.core.score import accuracy
 from netwright.core.task import Task
 
