@@ -21,6 +21,7 @@ from netwright.workshop.choice import excess, front_of, front_volume, ranking, s
 from netwright.workshop.evaluation import Outcome, is_low_precision, rebuild, structure
 from netwright.workshop.job import Job
 from netwright.workshop.layers import layer_table
+from netwright.workshop.plan import default_workers
 from netwright.workshop.point import Point, ratios
 from netwright.workshop.quiet import QuietRoom
 from netwright.workshop.study import Study
@@ -201,11 +202,11 @@ def _test(task: Task, model: nn.Module) -> _Tested:
 
 def _judge(findings: Findings, chosen: Outcome | None) -> State:
     task, run = findings.task, findings.run
-    before = _test(task, OnnxModule(run.path / "baseline.onnx"))
+    before = _test(task, OnnxModule(run.path / "baseline.onnx", default_workers()))
     if chosen is None or chosen.point is None:
         sentence = "No candidate was better than the baseline in every targeted metric, so the baseline is handed back."
         return State("not_met", sentence, baseline_test=before.score, baseline_ci95=before.interval)
-    after = _test(task, OnnxModule(run.path / "model.onnx"))
+    after = _test(task, OnnxModule(run.path / "model.onnx", default_workers()))
     change = after.score - before.score
     interval = None
     if before.targets is not None:
