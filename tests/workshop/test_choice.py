@@ -66,10 +66,10 @@ def test_shortfall_is_what_the_score_lacks() -> None:
     assert shortfall(point(0.91), BASE, parse_keep("score>=0.02")) == pytest.approx(0.01)
 
 
-def test_the_order_in_which_candidates_deserve_recovery() -> None:
-    meets_smallest = point(0.892, 0.1)
+def test_the_order_in_which_candidates_are_handed_back() -> None:
+    meets_smallest = point(0.896, 0.1)
     meets = point(0.9, 0.3)
-    meets_twin_with_less_score = point(0.895, 0.3)
+    meets_twin_with_less_score = point(0.897, 0.3)
     keeps_near = point(0.95, 0.5)
     keeps_far = point(0.99, 0.9)
     lacks_little = point(0.88, 0.05)
@@ -85,6 +85,14 @@ def test_the_order_in_which_candidates_deserve_recovery() -> None:
     ]
     assert ranking(expected[::-1], BASE, LATENCY, KEEP) == expected
     assert ranking(expected[3:] + expected[:3], BASE, LATENCY, KEEP) == expected
+
+
+def test_a_reserve_of_score_goes_before_the_last_bit_of_cost() -> None:
+    safe, edge, slow = point(0.896, 0.2), point(0.891, 0.1), point(0.9, 0.5)
+    assert ranking([slow, edge, safe], BASE, LATENCY, KEEP) == [safe, edge, slow]
+    assert finalists([slow, edge, safe], BASE, LATENCY, KEEP, 2) == [safe, edge]
+    exact = parse_keep("score>=0")
+    assert ranking([point(0.9, 0.2), cheaper := point(0.9, 0.1)], BASE, LATENCY, exact)[0] is cheaper
 
 
 def test_finalists_may_lack_what_recovery_gives_back() -> None:

@@ -12,6 +12,7 @@ REFERENCE = 1.1
 """Ratio at which a cost stops to count for the hypervolume: a little beyond the baseline's own."""
 
 
+_RESERVE = 0.5  # of what may be given up of the score is held back against the luck of the validation split
 _SLACK = 3.0
 _LEAST_SLACK = 0.005  # of the score, where nothing may be given up
 
@@ -59,15 +60,18 @@ def shortfall(point: Point, baseline: Point, keep: Keep) -> float:
 def ranking(points: Sequence[Point], baseline: Point, limits: Sequence[Limit], keep: Keep) -> list[Point]:
     """Points in the order in which they would be handed back.
 
-    First those that meet every target and keep the score, smallest costs first; then those that only keep the
-    score, nearest to the target first; then the rest, by how much score they lack.
+    First those that meet every target and keep the score with half of what may be given up in reserve, smallest costs
+    first: a candidate chosen among many for its validation score scores a little lower on new data. Then those that
+    keep it without that reserve; then those that only keep the score, nearest to the target first; then the rest, by
+    how much score they lack.
     """
+    reserve = _RESERVE * max(-keep.change, 0.0)
 
     def order(point: Point) -> tuple[float, ...]:
         over, lacking = excess(point, baseline, limits), shortfall(point, baseline, keep)
         if lacking <= 0:
-            return (0.0 if over <= 1 else 1.0, over, -point.val)
-        return (2.0, lacking, over)
+            return (2.0 if over > 1 else 1.0 if lacking > -reserve else 0.0, over, -point.val)
+        return (3.0, lacking, over)
 
     return sorted(points, key=order)
 
@@ -77,13 +81,15 @@ def finalists(points: Sequence[Point], baseline: Point, limits: Sequence[Limit],
 
     Candidates trained only briefly while searching, so one that meets every target and lacks a little of the score (up
     to three times what may be given up) is expected to regain it, and goes before one that keeps the score beyond
-    a target. Of those that keep it, the cheapest come first; of those that lack it, the nearest.
+    a target. Of those that keep it with a reserve (see :func:`ranking`), the cheapest come first; of the others, those
+    with the best score.
     """
+    reserve = _RESERVE * max(-keep.change, 0.0)
     slack = _SLACK * max(abs(keep.change), _LEAST_SLACK)
 
     def order(point: Point) -> tuple[float, ...]:
         over, lacking = excess(point, baseline, limits), shortfall(point, baseline, keep)
-        if over <= 1 and lacking <= 0:
+        if over <= 1 and lacking <= -reserve:
             return (0.0, over)
         if over <= 1 and lacking <= slack:
             return (1.0, lacking)
