@@ -17,6 +17,7 @@ from netwright.core import onnx_export
 from netwright.core.artifact import OnnxModule, export_onnx, load_weights, save_program, save_weights
 from netwright.core.data import call
 from netwright.core.errors import ArtifactError, TraceError
+from netwright.core.files import atomic_write
 from netwright.core.onnx_module import feed
 
 
@@ -186,8 +187,8 @@ def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
         place.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ArtifactError, match="No space left on device"):
-        onnx_export.atomic_write(path, fail)
+    with pytest.raises(ArtifactError, match="No space left on device"), atomic_write(path, ArtifactError) as place:
+        fail(place)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

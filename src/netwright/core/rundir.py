@@ -84,7 +84,8 @@ class RunDirectory:
         path: the folder.
 
     Example:
-        >>>         >>> with tempfile.TemporaryDirectory() as folder:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
         ...     with RunDirectory(Path(folder) / "run").create({"task": "digits"}) as run:
         ...         run.append("log.jsonl", {"trial": 0})
         ...         run.lines("log.jsonl")

@@ -30,6 +30,8 @@ from netwright.workshop.target import METRICS
 __all__ = ["RESULT", "Findings", "State", "conclude", "write_unbegun"]
 
 RESULT = "result.json"
+"""The file that says how a run ended, or stands."""
+
 _FLOOR_DEPTH = 2.0  # the front's hypervolume counts scores down to this many times the loss that is accepted
 _PAIRED_SECONDS = 2.0
 
