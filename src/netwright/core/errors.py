@@ -7,8 +7,10 @@ to catch. Anything that is not a :class:`NetwrightError` is a defect of ours.
 
 __all__ = [
     "ArtifactError",
+    "ClosureError",
     "CorruptRunError",
     "DataError",
+    "GradientError",
     "MissingDataError",
     "NetwrightError",
     "NonFiniteLossError",
@@ -16,6 +18,8 @@ __all__ = [
     "RecipeError",
     "RunDirectoryError",
     "RunLockedError",
+    "SettingError",
+    "StateDictError",
     "TargetError",
     "TaskError",
     "TraceError",
@@ -41,6 +45,22 @@ class MissingDataError(DataError):
 
 class RecipeError(NetwrightError):
     """A training recipe with an unknown name or an impossible setting."""
+
+
+class SettingError(NetwrightError, ValueError):
+    """A method's argument that is of the wrong kind or outside its range."""
+
+
+class ClosureError(NetwrightError, RuntimeError):
+    """An optimizer's closure that is missing or returns the wrong thing."""
+
+
+class GradientError(NetwrightError, RuntimeError):
+    """Gradients that a method cannot use: sparse, missing, or on several devices."""
+
+
+class StateDictError(NetwrightError, ValueError):
+    """A saved state that belongs to another method."""
 
 
 class NonFiniteLossError(NetwrightError):

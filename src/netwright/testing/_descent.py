@@ -49,23 +49,44 @@ class Trial:
         """
         loss = target_loss if loss is None else loss
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            value = loss(params, time)
-            if value.requires_grad:
-                torch.autograd.backward(value, create_graph=self.create_graph)
-            return value.detach()
-
+        closure = self.closure(optimizer, params, lambda inner: loss(inner, time))
         before = torch.get_rng_state()
         # Everything here is on the CPU. torch.manual_seed would also queue work, with a stack trace, for other devices.
         torch.default_generator.manual_seed(1_000_003 * (self.seed + 1) + time)
         try:
-            if self.needs_closure:
+            if self.kind(optimizer) != "optional":
                 return call_step(optimizer, closure)
             closure()
             return optimizer.step()
         finally:
             torch.set_rng_state(before)
+
+    def kind(self, optimizer: Optimizer) -> str:
+        """What closure the optimizer asks for (see ``check_optimizer``)."""
+        return str(getattr(optimizer, "closure_kind", "loss" if self.needs_closure else "optional"))
+
+    def closure(
+        self, optimizer: Optimizer, params: Sequence[Tensor], loss: Callable[[Sequence[Tensor]], Tensor]
+    ) -> Callable[[], Any]:
+        """A closure of the kind that the optimizer asks for; the model of ``outputs`` is the identity."""
+        kind = self.kind(optimizer)
+
+        def through_outputs() -> tuple[Tensor, Tensor]:
+            live = [param for param in params if param.requires_grad and param.numel() and not param.is_complex()]
+            outputs = torch.cat([param.double().flatten() for param in live])[None]
+            pieces = iter(torch.split(outputs[0], [param.numel() for param in live]))
+            kept = {id(param) for param in live}
+            views = [next(pieces).view_as(param) if id(param) in kept else param for param in params]
+            return loss(views), outputs
+
+        def backward() -> Tensor:
+            optimizer.zero_grad()
+            value = loss(params)
+            if value.requires_grad:
+                torch.autograd.backward(value, create_graph=self.create_graph)
+            return value.detach()
+
+        return {"graph": lambda: loss(params), "outputs": through_outputs}.get(kind, backward)
 
     def run(
         self,

@@ -64,7 +64,10 @@ def check_optimizer(
 
     Args:
         make: ``make(parameters)`` or ``make(groups)`` builds the optimizer; a class, a ``functools.partial``, ...
-        needs_closure: every step needs a closure (which clears gradients, runs backward, returns the loss).
+        needs_closure: every step needs a closure (which clears gradients, runs backward, returns the loss). An
+            optimizer with an attribute ``closure_kind`` says so itself: ``"optional"``, ``"loss"`` (that closure),
+            ``"graph"`` (the closure returns the loss and does not run backward) or ``"outputs"`` (it returns the loss
+            and the model's outputs and does not run backward; here the model is the identity).
         create_graph: the closure's backward pass keeps its graph, for methods that differentiate twice.
         coupled: the step of one parameter depends on the others (a shared step size, a global norm); then
             equalities with separate optimizers are not asked for.

@@ -5,7 +5,7 @@ import inspect
 import io
 import math
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,24 +99,25 @@ def _resume(trial: Trial) -> None:
 def _closure(trial: Trial) -> None:
     params = parameters(trial.seed)
     optimizer = trial.make(params)
-    if trial.needs_closure:
+    kind = trial.kind(optimizer)
+    if kind != "optional":
         torch.autograd.backward(target_loss(params, 0))
         _refused(lambda: optimizer.step(), "closure", "a step without the closure that it needs")
     calls: list[float] = []
 
-    def closure() -> Tensor:
+    def loss(inner: Sequence[Tensor]) -> Tensor:
         expect(torch.is_grad_enabled(), "the closure is called with gradients disabled.")
-        optimizer.zero_grad()
-        loss = target_loss(params, 0)
-        torch.autograd.backward(loss, create_graph=trial.create_graph)
-        calls.append(loss.item())
-        return loss
+        value = target_loss(inner, 0)
+        calls.append(value.item())
+        return value
+
+    closure = trial.closure(optimizer, params, loss)
 
     returned = call_step(optimizer, closure)
     expect(bool(calls), "step(closure) does not call the closure.")
     got = None if returned is None else float(torch.as_tensor(returned).detach())
     expect(got == calls[0], f"step(closure) must return the closure's first loss {calls[0]:.6g}, got {got}.")
-    if trial.needs_closure:
+    if kind != "optional":
         return
     plain = parameters(trial.seed)
     trial.run(trial.make(plain), plain, range(1))

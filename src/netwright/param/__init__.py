@@ -1,0 +1,1 @@
+"""Where parameters start and how they are written: initialization, parameterization and scaling."""
