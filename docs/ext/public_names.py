@@ -17,6 +17,8 @@ PACKAGES = {
     "netwright.core.graph": "One trace of a model: groups of units, zeroing, shrinking.",
     "netwright.core.graph.rules": "What each family of operations does to the dimensions of its tensors.",
     "netwright.core.builtin": "The tasks that come with Netwright.",
+    "netwright.optim": "How parameters move: optimizers, schedules, clipping, averaging.",
+    "netwright.param": "Where parameters start and how they are written.",
     "netwright.compress": "Transforms that make a network smaller and faster.",
     "netwright.workshop": "The main job: target and task in, front out.",
     "netwright.report": "The HTML report and the terminal's table, from a run directory.",

@@ -196,3 +196,21 @@ def test_replay_of_what_is_no_recipe(
     if content is not None:
         (tmp_path / "recipe.json").write_text(content)
     assert "recipe.json" in refused(monkeypatch, capsys, tmp_path, "replay", "recipe.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--compare", "sgd,sdg"], "Did you mean sgd"),
+        (["--compare", ","], "different optimizers"),
+        (["--set", "epoch=3"], "Did you mean epochs"),
+        (["--set", "lr"], "key=value"),
+        (["--lrs", "1e-3;1e-2"], "must be numbers"),
+        (["--recipe", "nowhere.json"], "cannot be read"),
+        (["--resume"], "no run to resume"),
+        (["--set", "optimizer=torch.optim:Nothing"], "cannot be imported"),
+        (["--set", "optimizer.beta=0.9"], "refuses the settings"),
+    ],
+)
+def test_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path, words, said) -> None:
+    assert said in refused(monkeypatch, capsys, tmp_path, "train", "breast-cancer", *words)

@@ -16,7 +16,7 @@ from netwright.cli.main import COMMANDS as MODULES
 from netwright.version import __version__
 
 TASKS = Path(__file__).with_name("bad_tasks.py")
-COMMANDS = ("optimize", "measure", "methods", "replay", "report", "doctor")
+COMMANDS = ("optimize", "train", "measure", "methods", "replay", "report", "doctor")
 
 
 def invoke(*words: str) -> str:
@@ -122,3 +122,26 @@ def test_as_a_program_an_error_is_one_line_and_code_two(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_train_compares_and_reports(tmp_path: Path) -> None:
+    words = ("train", "breast-cancer", "--set", "epochs=1", "--compare", "sgd,adamw", "--lrs", "1e-3,1e-2")
+    planned = json.loads(invoke(*words, "--dry-run"))
+    assert [entry["name"] for entry in planned] == ["sgd", "sgd", "adamw", "adamw"]
+    assert [entry["optimizer_settings"]["lr"] for entry in planned] == [1e-3, 1e-2] * 2
+    place = tmp_path / "run"
+    said = plain(invoke(*words, "--out", str(place)))
+    assert "adamw" in said
+    assert str(place / "report.html") in said
+    result = json.loads((place / "training.json").read_text())
+    assert len(result["trainings"]) == 4
+    page = (place / "report.html").read_text()
+    assert "did best on the validation set" in page
+    assert "https://" not in page.partition("<script")[0]
+    (place / "report.html").unlink()
+    assert invoke("report", str(place)).strip() == str(place / "report.html")
+    again = plain(invoke(*words, "--out", str(place), "--resume"))
+    assert "adamw" in again
+    recipe = place / "recipe.json"
+    shown = json.loads(invoke("train", "breast-cancer", "--recipe", str(recipe), "--dry-run"))
+    assert shown[0]["epochs"] == 1

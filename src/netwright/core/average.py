@@ -44,6 +44,9 @@ class MovingAverage:
             else:
                 self._average[name].copy_(value)
 
+    def end_epoch(self, model: nn.Module) -> None:
+        """Nothing: other averages act on the model here."""
+
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Inside, the model holds the averaged weights; afterwards its own again."""

@@ -8,21 +8,20 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from netwright.core.average import MovingAverage
 from netwright.core.checkpoint import load_checkpoint, require_same, save_checkpoint
-from netwright.core.errors import NonFiniteLossError, RunDirectoryError, TaskError
+from netwright.core.errors import RunDirectoryError
 from netwright.core.evaluate import evaluate
-from netwright.core.losses import task_loss, teacher_loss
-from netwright.core.optimization import make_optimizer, make_schedule
+from netwright.core.objective import Objective
+from netwright.core.optimization import Parameterization, make_average, make_optimizer, make_schedule
 from netwright.core.randomness import isolated, restore_states, save_states
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
-from netwright.core.teacher import Teacher, forward, take
+from netwright.core.teacher import Teacher, take
 from netwright.core.transform import Progress
 
 __all__ = ["Callback", "FitResult", "Loop", "Record"]
@@ -64,12 +63,14 @@ class FitResult:
         history: the training curve, about 20 points and one at the end of each epoch.
         steps: iterations done.
         seconds: wall time, that before a resume included.
+        optimizer_bytes: what the optimizer keeps between steps; 0 where a task trains by its own ``fit``.
     """
 
     model: nn.Module
     history: tuple[Record, ...]
     steps: int
     seconds: float
+    optimizer_bytes: int = 0
 
 
 class Loop:
@@ -94,9 +95,11 @@ class Loop:
         self.total = max(1, round(recipe.epochs * self.per_epoch))
         self.record_every = math.ceil(self.total / _RECORDS)
         self.teacher = Teacher(teacher, task, recipe, device)
-        self.optimizer = make_optimizer(recipe, model.parameters())
+        self.parameterization = Parameterization(recipe, model)
+        self.optimizer = make_optimizer(recipe, model, self.parameterization.groups)
         self.schedule = make_schedule(recipe, self.optimizer, self.total)
-        self.average = None if recipe.average is None else MovingAverage(model, recipe.average)
+        self.average = make_average(recipe, model)
+        self.objective = Objective(model, task, recipe, self.optimizer)
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch_start = self.generator.get_state()
         self.step = 0
@@ -129,60 +132,44 @@ class Loop:
                 saved, saved_step = time.monotonic(), self.step
         if checkpoint is not None and (saved_step < self.total or not checkpoint.exists()):
             save_checkpoint(checkpoint, self._state())
+        self._resting(True)
         if self.average is not None:
             self.average.put_into(self.model)
-        return FitResult(self.model, tuple(self.history), self.step, self._seconds())
+        self.parameterization.remove()
+        return FitResult(self.model, tuple(self.history), self.step, self._seconds(), self._optimizer_bytes())
 
     def _iterate(self, index: Tensor) -> float:
         inputs, targets = take(self.task.data.train, index, self.device)
         goal = self.teacher.outputs(index, inputs)
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        seen: list[float] = []
-
-        def closure() -> Tensor:
-            self.optimizer.zero_grad()
-            output = forward(self.model, self.task, inputs, self.recipe)
-            loss = task_loss(self.task, output, targets)
-            if goal is not None:
-                weight = self.recipe.distill_weight
-                distance = teacher_loss(output, goal, targets, self.recipe.distill_temperature)
-                loss = (1 - weight) * loss + weight * distance
-            seen.append(self._checked(loss, lr))
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward unannotated
-            if self.recipe.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
-            return loss
-
-        self.optimizer.step(cast(Callable[[], float], closure))  # torch's annotation; it hands on what it gets
+        lr = float(self.optimizer.param_groups[0].get("lr", math.nan))
+        epoch = self.step / self.per_epoch
+        where = f"step {self.step + 1} of {self.total} (epoch {epoch:.2f}, learning rate {lr:.3g})"
+        closure, seen = self.objective.closure(inputs, targets, goal, where)
+        self.optimizer.step(closure)
         if self.schedule is not None:
             self.schedule.step()
+        self.step += 1
         if self.average is not None:
             self.average.update(self.model)
-        self.step += 1
+            if self.step % self.per_epoch == 0 or self.step == self.total:
+                self.average.end_epoch(self.model)
         self.losses.append(seen[0])
         return lr
 
-    def _checked(self, loss: Tensor, lr: float) -> float:
-        if not loss.requires_grad:
-            raise TaskError(
-                f"Task {self.task.name!r}: the loss does not depend on the model's parameters, so it cannot be trained."
-            )
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            epoch = self.step / self.per_epoch
-            raise NonFiniteLossError(
-                f"Task {self.task.name!r}: the loss is {value} at step {self.step + 1} of {self.total} (epoch "
-                f"{epoch:.2f}, learning rate {lr:.3g}). Lower the learning rate, set Recipe(clip_norm=1.0), or look "
-                "for values in the data that the loss cannot take, such as log(0)."
-            )
-        return value
+    def _resting(self, resting: bool) -> None:
+        """Tell an optimizer that steps elsewhere than it is to be evaluated, by its ``eval`` and ``train``."""
+        turn = getattr(self.optimizer, "eval" if resting else "train", None)
+        if turn is not None:
+            turn()
 
     def _tell(self, lr: float) -> None:
         ended = self.step % self.per_epoch == 0 or self.step == self.total
         if ended or self.step % self.record_every == 0:
             if ended and self.validate:
+                self._resting(True)
                 with isolated(device=self.device), self.average.applied(self.model) if self.average else nullcontext():
                     self.score = evaluate(self.model, self.task, "val")
+                self._resting(False)
             mean = math.fsum(self.losses) / len(self.losses)
             scored = self.score if ended else None
             record = Record(self.step, self.step / self.per_epoch, mean, scored, lr, self._seconds())
@@ -202,6 +189,10 @@ class Loop:
 
     def _seconds(self) -> float:
         return self.before + time.monotonic() - self.start
+
+    def _optimizer_bytes(self) -> int:
+        kept = [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(value.nbytes for value in kept if isinstance(value, Tensor) and value.ndim > 0)
 
     def _shuffle(self) -> Tensor:
         return torch.randperm(len(self.task.data.train), generator=self.generator)
@@ -230,6 +221,7 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "clip": _state_of(self.objective.clip),
             "epoch_start": self.epoch_start if within else self.generator.get_state(),
             "random": save_states(self.device),
             "step": self.step,
@@ -248,8 +240,14 @@ class Loop:
             self.schedule.load_state_dict(state["schedule"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if state["clip"] is not None:
+            self.objective.clip.load_state_dict(state["clip"])
         self.epoch_start = state["epoch_start"]
         self.step, self.losses, self.score = state["step"], state["losses"], state["score"]
         self.history = [Record(*values) for values in state["history"]]
         self.before = state["seconds"]
         restore_states(state["random"], self.device)
+
+
+def _state_of(clip: Any) -> Any:
+    return clip.state_dict() if hasattr(clip, "load_state_dict") else None

@@ -1,33 +1,101 @@
-"""A recipe's optimizer and schedule, built for a model."""
+"""What a recipe names, built for a model: parameterization, optimizer, schedule, clipping, average, penalty."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from netwright.core.errors import RecipeError
+from netwright.core.average import MovingAverage
+from netwright.core.errors import NetwrightError, RecipeError
 from netwright.core.recipe import Recipe, resolve
 
-__all__ = ["make_optimizer", "make_schedule"]
+__all__ = [
+    "Parameterization",
+    "closure_kind",
+    "make_average",
+    "make_clip",
+    "make_optimizer",
+    "make_penalty",
+    "make_schedule",
+]
+
+Groups: TypeAlias = list[dict[str, Any]]
 
 _LENGTHS = ("total_steps", "T_max", "total_iters")
 _OTHER_LENGTHS = {"epochs", "steps_per_epoch"}
 
 
-def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """The recipe's optimizer over those parameters that require a gradient.
+class Parameterization:
+    """A model as the recipe rewrites it for training, and the way back.
+
+    Args:
+        recipe: names the function that rewrites the model in place. It may return parameter groups for the optimizer,
+            or an object whose ``remove()`` undoes it.
+        model: what is rewritten.
+
+    Raises:
+        RecipeError: a function that cannot be called so, or that refuses the model or the settings.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
+        self._model = model
+        self._before = set(_parametrized(model))
+        self._found: Any = None
+        if recipe.parameterization is not None:
+            self._found = _call(recipe.parameterization, recipe.parameterization_settings, model)
+
+    @property
+    def groups(self) -> Groups | None:
+        """Parameter groups that the parameterization asks for."""
+        groups = isinstance(self._found, list) and all(isinstance(entry, dict) for entry in self._found)
+        return self._found if groups and self._found else None
+
+    def remove(self) -> None:
+        """Fold everything into plain weights that compute the same."""
+        if not isinstance(self._found, list) and hasattr(self._found, "remove"):
+            self._found.remove()
+        for module, name in _parametrized(self._model):
+            if (module, name) not in self._before:
+                parametrize.remove_parametrizations(module, name)
+
+
+def _parametrized(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    found = []
+    for module in model.modules():
+        inner = getattr(module, "parametrizations", None)
+        if isinstance(inner, nn.ModuleDict) and parametrize.is_parametrized(module):
+            found += [(module, name) for name in inner]
+    return found
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module, groups: Groups | None = None) -> Optimizer:
+    """The recipe's optimizer over those parameters of ``model`` that require a gradient.
+
+    Args:
+        recipe: names the optimizer and its settings.
+        model: what is trained.
+        groups: parameter groups with settings of their own; None is one group of all parameters.
 
     Raises:
         RecipeError: nothing to train, a path that leads to no optimizer, or settings that it refuses.
     """
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    if groups is None:
+        trainable: Any = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    else:
+        kept = [[param for param in group["params"] if param.requires_grad] for group in groups]
+        trainable = [{**group, "params": params} for group, params in zip(groups, kept, strict=True) if params]
     if not trainable:
         raise RecipeError("The model has no parameter that requires a gradient, so there is nothing to train.")
     factory = resolve(recipe.optimizer)
+    settings = dict(recipe.optimizer_settings)
+    if callable(factory) and "model" in inspect.signature(factory).parameters:
+        settings = {"model": model, **settings}
     try:
-        optimizer = factory(trainable, **recipe.optimizer_settings)
+        optimizer = factory(trainable, **settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RecipeError(
             f"{recipe.optimizer} refuses the settings {dict(recipe.optimizer_settings)}: {error}"
@@ -35,6 +103,74 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> Optimi
     if not isinstance(optimizer, Optimizer):
         raise RecipeError(f"{recipe.optimizer} is not a torch.optim.Optimizer.")
     return optimizer
+
+
+def closure_kind(optimizer: Optimizer) -> str:
+    """What closure ``optimizer.step`` asks for by its attribute ``closure_kind``.
+
+    ``"optional"`` and ``"loss"``: the closure clears the gradients, runs backward and returns the loss. ``"graph"``: it
+    returns the loss and does not run backward. ``"outputs"``: it returns the loss and the outputs, without backward.
+
+    Example:
+        >>> closure_kind(torch.optim.SGD([torch.zeros(1)]))
+        'optional'
+    """
+    return str(getattr(optimizer, "closure_kind", "optional"))
+
+
+def make_clip(recipe: Recipe) -> Any:
+    """What clips the gradients: a function of the parameters; or None.
+
+    An object that has ``state_dict`` and ``load_state_dict`` is saved with a checkpoint.
+
+    Raises:
+        RecipeError: as for :class:`Parameterization`.
+    """
+    if recipe.clip is None:
+        limit = recipe.clip_norm
+        return None if limit is None else lambda params: nn.utils.clip_grad_norm_(params, limit)
+    return _callable(recipe.clip, _call(recipe.clip, recipe.clip_settings))
+
+
+def make_average(recipe: Recipe, model: nn.Module) -> MovingAverage | None:
+    """What averages the weights, or None.
+
+    Raises:
+        RecipeError: as for :class:`Parameterization`.
+    """
+    if recipe.average is None:
+        return None
+    found: MovingAverage = _call(recipe.average_method, {}, model, recipe.average)
+    missing = [name for name in dir(MovingAverage) if not name.startswith("_") and not hasattr(found, name)]
+    if missing:
+        raise RecipeError(f"{recipe.average_method} cannot average weights: it has no {', '.join(missing)}.")
+    return found
+
+
+def make_penalty(recipe: Recipe, model: nn.Module) -> Callable[[], Tensor] | None:
+    """What is added to the loss, or None.
+
+    Raises:
+        RecipeError: as for :class:`Parameterization`.
+    """
+    if recipe.penalty is None:
+        return None
+    found: Callable[[], Tensor] = _callable(recipe.penalty, _call(recipe.penalty, recipe.penalty_settings, model))
+    return found
+
+
+def _call(path: str, settings: Mapping[str, Any], *arguments: Any) -> Any:
+    function = resolve(path)
+    try:
+        return function(*arguments, **settings)
+    except (TypeError, ValueError, RuntimeError, NetwrightError) as error:
+        raise RecipeError(f"{path} refuses the settings {dict(settings)}: {error}") from error
+
+
+def _callable(path: str, found: Any) -> Any:
+    if not callable(found):
+        raise RecipeError(f"{path} must give something to call, got {type(found).__name__}.")
+    return found
 
 
 def make_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRScheduler | None:

@@ -21,7 +21,8 @@ class Recipe:
     serves.
 
     Args:
-        optimizer: import path of a ``torch.optim.Optimizer``.
+        optimizer: import path of a ``torch.optim.Optimizer``. One whose signature has a parameter ``model`` is given
+            the model; one with an attribute ``closure_kind`` is given the closure that it asks for.
         optimizer_settings: its keyword arguments.
         schedule: import path of an ``LRScheduler`` stepped once per iteration, or None. Its
             arguments ``total_steps``, ``T_max`` and ``total_iters`` are filled in with the number
@@ -30,7 +31,18 @@ class Recipe:
         batch_size: items per iteration.
         epochs: passes over the training data; may be a fraction.
         clip_norm: largest total gradient norm, or None.
+        clip: import path of a class whose objects clip: called with the parameters after every backward pass, in
+            place of ``clip_norm``; or None.
+        clip_settings: its keyword arguments.
         average: decay of an exponential moving average of the weights, or None.
+        average_method: import path of the class that averages (see ``MovingAverage``), made from the model and
+            ``average``.
+        parameterization: import path of a function called as ``f(model, **settings)`` before training, that rewrites
+            the model in place; it may return parameter groups for the optimizer. Or None.
+        parameterization_settings: its keyword arguments.
+        penalty: import path of a function called as ``f(model, **settings)``, that returns a function without
+            arguments whose value is added to the loss; or None.
+        penalty_settings: its keyword arguments.
         precision: "float32" or "bfloat16" (autocast).
         distill_weight: share of the teacher's term in the loss when a teacher is given, in [0, 1].
         distill_temperature: softening of both distributions in the teacher's term.
@@ -51,7 +63,14 @@ class Recipe:
     batch_size: int = 64
     epochs: float = 10.0
     clip_norm: float | None = None
+    clip: str | None = None
+    clip_settings: Mapping[str, Any] = field(default_factory=dict)
     average: float | None = None
+    average_method: str = "netwright.core.average:MovingAverage"
+    parameterization: str | None = None
+    parameterization_settings: Mapping[str, Any] = field(default_factory=dict)
+    penalty: str | None = None
+    penalty_settings: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "float32"
     distill_weight: float = 0.5
     distill_temperature: float = 2.0
@@ -60,9 +79,17 @@ class Recipe:
         _require(isinstance(self.batch_size, int) and self.batch_size > 0, "batch_size", "a positive integer", self)
         _require(_positive(self.epochs), "epochs", "a positive finite number", self)
         _require(self.clip_norm is None or _positive(self.clip_norm), "clip_norm", "positive, or None", self)
-        _require(self.average is None or 0 < self.average < 1, "average", "between 0 and 1, or None", self)
+        _require(self.clip is None or self.clip_norm is None, "clip", "None where clip_norm is given", self)
+        _require(
+            self.average is None or _open(self.average),
+            "average",
+            "between 0 and 1, or None",
+            self,
+        )
         _require(self.precision in ("float32", "bfloat16"), "precision", "'float32' or 'bfloat16'", self)
-        _require(0 <= self.distill_weight <= 1, "distill_weight", "between 0 and 1", self)
+        _require(
+            _number(self.distill_weight) and 0 <= self.distill_weight <= 1, "distill_weight", "between 0 and 1", self
+        )
         _require(_positive(self.distill_temperature), "distill_temperature", "a positive finite number", self)
 
     def replace(self, **changes: Any) -> "Recipe":
@@ -118,8 +145,20 @@ def resolve(path: str) -> Any:
     return found
 
 
-def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _open(value: Any) -> bool:
+    return _number(value) and 0 < value < 1
+
+
+def _closed(value: Any) -> bool:
+    return _number(value) and 0 <= value <= 1
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and value > 0
 
 
 def _require(holds: bool, name: str, what: str, recipe: Recipe) -> None:

@@ -32,7 +32,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 """The font of everything that is drawn on a canvas."""
 
 
-def new_figure(across: str, up: str, *, height: int, tools: str = "") -> figure:
+def new_figure(across: str, up: str, *, height: int, tools: str = "", log: bool = False) -> figure:
     """An empty figure as wide as its place, without a logo, drawn on whatever lies behind it.
 
     Args:
@@ -40,6 +40,7 @@ def new_figure(across: str, up: str, *, height: int, tools: str = "") -> figure:
         up: label of the vertical axis.
         height: in pixels.
         tools: names of tools; without any there is no toolbar, and the figure is there to look at and hover.
+        log: whether the vertical axis is logarithmic.
     """
     plot = figure(
         height=height,
@@ -48,6 +49,7 @@ def new_figure(across: str, up: str, *, height: int, tools: str = "") -> figure:
         toolbar_location="above" if tools else None,
         x_axis_label=across,
         y_axis_label=up,
+        y_axis_type="log" if log else "linear",
         background_fill_color=None,
         border_fill_color=None,
         outline_line_color=None,

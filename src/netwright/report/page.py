@@ -3,12 +3,9 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cache
 
 from bokeh.embed import json_item
 from bokeh.plotting import figure
-from bokeh.resources import Resources
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from netwright.report.compare import compare
@@ -23,6 +20,7 @@ from netwright.report.format import (
     pretty_limit,
     quantity,
 )
+from netwright.report.frame import embedded, environment, library
 from netwright.report.front_plot import axes, default_axis, front_plot
 from netwright.report.layers import layer_rows
 from netwright.report.limits import main_cost, target_limit
@@ -62,7 +60,7 @@ def render(run: Run) -> str:
     menu = axes(run, style)
     result = run.result
     return str(
-        _environment()
+        environment()
         .get_template("template.html")
         .render(
             run=run,
@@ -88,8 +86,8 @@ def render(run: Run) -> str:
             across=default_axis(run, menu),
             axes=menu,
             plots={name: name in plots for name in _PLACES},
-            bokeh=_library() if plots else Markup(""),
-            data=_embedded({"plots": plots, "axes": menu}),
+            bokeh=library() if plots else Markup(""),
+            data=embedded({"plots": plots, "axes": menu}),
         )
     )
 
@@ -172,26 +170,3 @@ def _workers(count: int) -> str:
 
 def _limits(limits: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {pretty_limit(limit)}" for name, limit in limits.items())
-
-
-def _embedded(content: object) -> Markup:
-    """JSON that is safe inside a script element: no ``<`` survives, so no text of a run can end the element."""
-    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-@cache
-def _library() -> Markup:
-    """The plotting library's core as script elements; its widgets, tables and other parts are left out."""
-    return Markup(Resources(mode="inline", components=["bokeh"], log_level="fatal").render_js())
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("netwright.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )

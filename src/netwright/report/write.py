@@ -5,6 +5,8 @@ from pathlib import Path
 from netwright.core.files import atomic_write
 from netwright.report.page import render
 from netwright.report.read import read_run
+from netwright.report.training_page import render_training
+from netwright.report.training_run import is_training, read_training
 
 __all__ = ["write_report"]
 
@@ -15,7 +17,8 @@ def write_report(run: Path | str) -> Path:
     Reach for it after a run, or while one is going on, for something to look at and to pass on: the file
     opens without a network and stays below 2 MB for hundreds of candidates. It reads files only
     (``run.json``, ``result.json``, ``evaluations.jsonl``, ``history.json``, ``layers.json``); what is absent
-    is left out with a sentence. The file is replaced atomically.
+    is left out with a sentence. A run of ``netwright train`` (``training.json``, ``trainings.jsonl``) gets a page of
+    its own kind. The file is replaced atomically.
 
     Args:
         run: the run directory.
@@ -28,7 +31,7 @@ def write_report(run: Path | str) -> Path:
         RunDirectoryError: the report cannot be written.
     """
     path = Path(run) / "report.html"
-    page = render(read_run(run))
+    page = render_training(read_training(Path(run))) if is_training(Path(run)) else render(read_run(run))
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path

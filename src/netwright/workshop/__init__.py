@@ -8,19 +8,25 @@ from netwright.workshop.point import Point, Step
 from netwright.workshop.replay import replay
 from netwright.workshop.run import run_job
 from netwright.workshop.target import Keep, Limit, parse_budget, parse_keep, parse_targets
+from netwright.workshop.training import train
+from netwright.workshop.training_settings import Entry, change_recipe, training_entries
 
 __all__ = [
     "Engine",
+    "Entry",
     "Job",
     "Keep",
     "Limit",
     "Measuring",
     "Point",
     "Step",
+    "change_recipe",
     "dry_run",
     "parse_budget",
     "parse_keep",
     "parse_targets",
     "replay",
     "run_job",
+    "train",
+    "training_entries",
 ]

@@ -1,0 +1,187 @@
+"""A recipe changed by short words, as ``netwright train --set`` and ``--compare`` take them."""
+
+import dataclasses
+import difflib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from netwright.core.errors import RecipeError
+from netwright.core.recipe import Recipe, resolve
+from netwright.optim import available, schedules
+
+__all__ = ["Entry", "change_recipe", "optimizer_path", "training_entries", "with_optimizer"]
+
+_LR_SCHEDULES = ("max_lr",)
+_FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
+_NESTED = {"optimizer", "schedule", "clip", "parameterization", "penalty"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One training to do.
+
+    Args:
+        name: what is compared; entries of one name are settings of the same thing, of which the best is shown.
+        recipe: how to train.
+    """
+
+    name: str
+    recipe: Recipe
+
+
+def training_entries(
+    recipe: Recipe, optimizers: Sequence[str] | None = None, lrs: Sequence[float] | None = None
+) -> list[Entry]:
+    """The trainings that ``netwright train`` does: each optimizer at each learning rate.
+
+    Args:
+        recipe: what they share.
+        optimizers: names or import paths; None is the recipe's own. The recipe's own keeps its settings.
+        lrs: learning rates; None is each optimizer's own. Optimizers without a learning rate are trained once.
+
+    Raises:
+        RecipeError: an unknown name, nothing to compare, or an ``lr`` that is needed and not given.
+
+    Example:
+        >>> [entry.name for entry in training_entries(Recipe(), ["lion", "adamw"], [1e-4, 1e-3])]
+        ['lion', 'lion', 'adamw', 'adamw']
+    """
+    if optimizers is not None and (not optimizers or len(set(optimizers)) != len(optimizers)):
+        raise RecipeError("--compare needs different optimizers with commas between, for example sgd,adamw,lion.")
+    if lrs is not None and not lrs:
+        raise RecipeError("--lrs needs at least one learning rate.")
+    own = recipe.optimizer.partition(":")[2].lower()
+    entries = []
+    for name in optimizers or [own]:
+        path = recipe.optimizer if name == own else optimizer_path(name)
+        same = path == recipe.optimizer
+        if lrs is None or "lr" not in inspect.signature(resolve(path)).parameters:
+            entries.append(Entry(name, recipe if same else with_optimizer(recipe, name)))
+        else:
+            entries += [Entry(name, _with_lr(recipe, lr) if same else with_optimizer(recipe, name, lr)) for lr in lrs]
+    return entries
+
+
+def change_recipe(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+    """``recipe`` with ``key=value`` changes applied in their order.
+
+    ======================== ====================================================================================
+    ``optimizer=lion``       by name (see ``netwright.optim.available``) or import path, with its own defaults
+    ``schedule=cosine``      by name (``netwright.optim.schedules``), import path, or ``none``
+    ``lr=3e-4``              of the optimizer, and the peak of the schedule where it has one
+    ``optimizer.betas=[…]``  a setting of the optimizer; likewise ``schedule.``, ``clip.``, ``penalty.``,
+                             ``parameterization.``
+    ``epochs=3``             any other setting of the recipe, as JSON
+    ======================== ====================================================================================
+
+    Raises:
+        RecipeError: a change that does not parse, an unknown key, name or value.
+
+    Example:
+        >>> changed = change_recipe(Recipe(), ["optimizer=lion", "lr=3e-4", "schedule=cosine", "epochs=3"])
+        >>> changed.optimizer, changed.optimizer_settings, changed.epochs
+        ('netwright.optim:Lion', {'lr': 0.0003}, 3)
+    """
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"{change!r} is not a setting. Write key=value, for example --set optimizer=lion.")
+        recipe = _changed(recipe, key.strip(), text.strip())
+    return recipe
+
+
+def with_optimizer(recipe: Recipe, name: str, lr: float | None = None) -> Recipe:
+    """``recipe`` with another optimizer at its own defaults.
+
+    Args:
+        recipe: whose optimizer is replaced; its schedule keeps its shape, at the optimizer's learning rate.
+        name: short name or import path.
+        lr: learning rate; None is the optimizer's own default.
+
+    Raises:
+        RecipeError: an unknown name, or an ``lr`` for an optimizer that has none.
+    """
+    path = optimizer_path(name)
+    known = inspect.signature(resolve(path)).parameters
+    if "lr" not in known:
+        if lr is not None:
+            raise RecipeError(f"{name} has no learning rate to set. Leave lr out.")
+        return recipe.replace(optimizer=path, optimizer_settings={}, schedule=None, schedule_settings={})
+    default = known["lr"].default
+    if lr is None and default is inspect.Parameter.empty:
+        raise RecipeError(f"{name} needs a learning rate. Add lr=..., for example --set lr=0.1.")
+    chosen = float(default) if lr is None else lr
+    return _with_lr(recipe.replace(optimizer=path, optimizer_settings={}), chosen)
+
+
+def _changed(recipe: Recipe, key: str, text: str) -> Recipe:
+    outer, dot, inner = key.partition(".")
+    if dot and outer in _NESTED:
+        name = f"{outer}_settings"
+        return recipe.replace(**{name: {**getattr(recipe, name), inner: _value(text)}})
+    if key == "optimizer":
+        return with_optimizer(recipe, text)
+    if key == "lr":
+        value = _value(text)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RecipeError(f"lr must be a number, got {text!r}.")
+        return _with_lr(recipe, float(value))
+    if key == "schedule":
+        return _with_schedule(recipe, text)
+    if key not in _FIELDS:
+        near = difflib.get_close_matches(key, ("lr", *_FIELDS), n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known are lr, {', '.join(_FIELDS)}."
+        raise RecipeError(f"A recipe has no setting {key!r}. {hint}")
+    return recipe.replace(**{key: _value(text)})
+
+
+def _with_lr(recipe: Recipe, lr: float) -> Recipe:
+    if "lr" not in inspect.signature(resolve(recipe.optimizer)).parameters:
+        raise RecipeError(f"{recipe.optimizer} has no learning rate to set. Leave lr out.")
+    changed = recipe.replace(optimizer_settings={**recipe.optimizer_settings, "lr": lr})
+    peaks = _peaks(changed.schedule, lr)
+    return changed.replace(schedule_settings={**changed.schedule_settings, **peaks})
+
+
+def _with_schedule(recipe: Recipe, name: str) -> Recipe:
+    if name == "none":
+        return recipe.replace(schedule=None, schedule_settings={})
+    known: Mapping[str, tuple[str, Mapping[str, Any]]] = schedules()
+    path, settings = known.get(name, (name, {}))
+    if ":" not in path:
+        raise RecipeError(f"There is no schedule {name!r}. Known are none, {', '.join(known)}, or module:name.")
+    lr = recipe.optimizer_settings.get("lr")
+    peaks = {} if lr is None else _peaks(path, float(lr))
+    return recipe.replace(schedule=path, schedule_settings={**settings, **peaks})
+
+
+def _peaks(schedule: str | None, lr: float) -> dict[str, float]:
+    known = inspect.signature(resolve(schedule)).parameters if schedule else {}
+    return {name: lr for name in _LR_SCHEDULES if name in known}
+
+
+def optimizer_path(name: str) -> str:
+    """The import path of an optimizer given by short name or import path.
+
+    Raises:
+        RecipeError: an unknown name.
+    """
+    if ":" in name:
+        return name
+    known = available()
+    key = name.lower().replace("_", "-")
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known are {', '.join(known)}, or module:name."
+        raise RecipeError(f"There is no optimizer {name!r}. {hint}")
+    return known[key].object
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"none": None, "true": True, "false": False}.get(text.lower(), text)
