@@ -5,6 +5,7 @@ process. ``--only digits`` runs one part, ``--seeds`` chooses the seeds, and wha
 """
 
 import argparse
+import importlib.util
 import json
 import shutil
 import statistics
@@ -19,6 +20,7 @@ from netwright.core.machine import machine
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/bench")
+PARTS = ["digits", "peer", "fashion", "steps"]
 DIGITS = ["digits", "--target", "latency<=0.2x", "--keep", "score>=-0.01"]
 FASHION = ["fashion-mnist", "--target", "latency<=0.1x", "--keep", "score>=-0.01", "--budget", "10m"]
 
@@ -64,10 +66,24 @@ def peer(seed: int) -> dict[str, Any]:
     return {"seed": seed, **found, "ours_over_peer": ours / found["latency"]}
 
 
+def steps() -> list[dict[str, Any]]:
+    """Step times of optimizers (benchmarks/step_time.py), beside the peers' where they are installed."""
+    peers = ["--peers"] if importlib.util.find_spec("pytorch_optimizer") else []
+    command = [sys.executable, "-m", "benchmarks.step_time", *peers]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return [{"step": row["step"], "ratio": row["ratio"], "over": row.get("over", "torch AdamW fused")} for row in rows]
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown table, with a last row of medians."""
     names = list(rows[0])
     numbers = [name for name in names if name != "seed" and isinstance(rows[0][name], int | float)]
+    if "seed" not in names:
+        return [
+            "| " + " | ".join(row) + " |"
+            for row in [names, ["---"] * len(names), *([_text(v) for v in row.values()] for row in rows)]
+        ]
     medians = {name: statistics.median(row[name] for row in rows if row[name] is not None) for name in numbers}
     body = [[_text(row[name]) for name in names] for row in rows]
     body.append(["median", *(_text(medians.get(name, "")) for name in names[1:])])
@@ -84,6 +100,7 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
         "digits": "The demo: " + " ".join(DIGITS),
         "peer": "The scripted peer (benchmarks/peer.py) with the same baseline, time and score floor",
         "fashion": "Fashion-MNIST: " + " ".join(FASHION),
+        "steps": "Optimizer steps over 25M parameters in 160 tensors, and whole steps of a 78k-parameter network",
     }
     lines = ["# Results", "", "Written by `make bench`. Ratios are to the baseline, measured in one process.", ""]
     lines += [f"- {name}: {value}" for name, value in machine().items()] + [""]
@@ -96,9 +113,7 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
 def main() -> None:
     """Run the parts that were asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "--only", choices=["digits", "peer", "fashion"], nargs="*", default=["digits", "peer", "fashion"]
-    )
+    parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     options = parser.parse_args()
     stored = HERE / "results.json"
@@ -109,6 +124,11 @@ def main() -> None:
         "fashion": lambda seed: optimize("fashion", FASHION, seed),
     }
     for name in options.only:
+        if name == "steps":
+            results[name] = steps()
+            stored.write_text(json.dumps(results, indent=1) + "\n")
+            write(results)
+            continue
         rows = [row for row in results.get(name, []) if row["seed"] not in options.seeds]
         for seed in options.seeds:
             rows.append(parts[name](seed))

@@ -17,6 +17,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "api_pages",
     "coverage_check",
+    "gallery",
     "offline_math",
     "results_page",
 ]

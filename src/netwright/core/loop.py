@@ -17,7 +17,7 @@ from netwright.core.checkpoint import load_checkpoint, require_same, save_checkp
 from netwright.core.errors import RunDirectoryError
 from netwright.core.evaluate import evaluate
 from netwright.core.objective import Objective
-from netwright.core.optimization import Parameterization, make_average, make_optimizer, make_schedule
+from netwright.core.optimization import Parameterization, at_rest, make_average, make_optimizer, make_schedule
 from netwright.core.randomness import isolated, restore_states, save_states
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
@@ -132,10 +132,7 @@ class Loop:
                 saved, saved_step = time.monotonic(), self.step
         if checkpoint is not None and (saved_step < self.total or not checkpoint.exists()):
             save_checkpoint(checkpoint, self._state())
-        self._resting(True)
-        if self.average is not None:
-            self.average.put_into(self.model)
-        self.parameterization.remove()
+        self._settle()
         return FitResult(self.model, tuple(self.history), self.step, self._seconds(), self._optimizer_bytes())
 
     def _iterate(self, index: Tensor) -> float:
@@ -156,20 +153,27 @@ class Loop:
         self.losses.append(seen[0])
         return lr
 
-    def _resting(self, resting: bool) -> None:
-        """Tell an optimizer that steps elsewhere than it is to be evaluated, by its ``eval`` and ``train``."""
-        turn = getattr(self.optimizer, "eval" if resting else "train", None)
-        if turn is not None:
-            turn()
+    def _settle(self) -> None:
+        """Leave in the model what training was for."""
+        with at_rest(self.optimizer):
+            kept = [parameter.detach().clone() for parameter in self.model.parameters()]
+        with torch.no_grad():
+            for parameter, value in zip(self.model.parameters(), kept, strict=True):
+                parameter.copy_(value)
+        if self.average is not None:
+            self.average.put_into(self.model)
+        self.parameterization.remove()
 
     def _tell(self, lr: float) -> None:
         ended = self.step % self.per_epoch == 0 or self.step == self.total
         if ended or self.step % self.record_every == 0:
             if ended and self.validate:
-                self._resting(True)
-                with isolated(device=self.device), self.average.applied(self.model) if self.average else nullcontext():
+                with (
+                    at_rest(self.optimizer),
+                    isolated(device=self.device),
+                    self.average.applied(self.model) if self.average else nullcontext(),
+                ):
                     self.score = evaluate(self.model, self.task, "val")
-                self._resting(False)
             mean = math.fsum(self.losses) / len(self.losses)
             scored = self.score if ended else None
             record = Record(self.step, self.step / self.per_epoch, mean, scored, lr, self._seconds())

@@ -1,7 +1,8 @@
 """What a recipe names, built for a model: parameterization, optimizer, schedule, clipping, average, penalty."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from netwright.core.recipe import Recipe, resolve
 
 __all__ = [
     "Parameterization",
+    "at_rest",
     "closure_kind",
     "make_average",
     "make_clip",
@@ -116,6 +118,25 @@ def closure_kind(optimizer: Optimizer) -> str:
         'optional'
     """
     return str(getattr(optimizer, "closure_kind", "optional"))
+
+
+@contextmanager
+def at_rest(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, the parameters are where they are to be evaluated, afterwards where the optimizer goes on.
+
+    Optimizers whose two places differ say so by a context manager ``averaged``, or by ``eval`` and ``train``.
+    """
+    if hasattr(optimizer, "averaged"):
+        with optimizer.averaged():
+            yield
+    elif hasattr(optimizer, "eval") and hasattr(optimizer, "train"):
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+    else:
+        yield
 
 
 def make_clip(recipe: Recipe) -> Any:
