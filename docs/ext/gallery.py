@@ -67,11 +67,10 @@ SURFACES = (
         200,
         {
             "sgd": {"lr": 2e-3},
-            "adam": {"lr": 0.05},
+            "adam": {"lr": 0.1},
             "lion": {"lr": 0.02},
-            "diffgrad": {"lr": 0.1},
+            "diffgrad": {"lr": 0.15},
             "udog": {},
-            "sania": {},
             "saddle-free-newton": {},
             "exact-gauss-newton": {},
         },
@@ -79,7 +78,7 @@ SURFACES = (
     ),
     Surface(
         "Monkey saddle with walls",
-        (0.02, 0.35),
+        (0.7, 0.02),
         (-1.5, 1.5),
         (-1.5, 1.5),
         120,
@@ -92,7 +91,14 @@ SURFACES = (
         (-4.6, 1.6),
         (-1.6, 1.6),
         120,
-        {"sgd": {"lr": 0.03}, "adam": {"lr": 0.1}, "lion": {"lr": 0.05}, "dog": {}, "udog": {}, "sania": {}},
+        {
+            "sgd": {"lr": 0.03},
+            "adam": {"lr": 0.1},
+            "lion": {"lr": 0.02},
+            "dog": {},
+            "udog": {},
+            "sania": {"preconditioner": "adam"},
+        },
         value=lambda x, y: (x**2 + 30 * y**2) / 2,
     ),
 )

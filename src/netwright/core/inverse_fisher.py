@@ -202,30 +202,40 @@ def row_products(rows: Tensor, vector: Tensor) -> Tensor:
     return out
 
 
-def solve_gram(gram: Tensor, ridge: float, right: Tensor) -> Tensor:
-    """``(gram + ridge I)^-1 right`` for a symmetric matrix ``(m, m)`` without negative eigenvalues but for rounding."""
-    shifted = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    if bool(failed):
-        root = _spectral_root(gram, ridge)
-        return root.mT @ (root @ right)
-    solution: Tensor = torch.cholesky_solve(right[:, None], factor)
-    return solution[:, 0]
+def solve_gram(gram: Tensor, ridge: float, right: Tensor, eps: float) -> Tensor:
+    """``c = (G Gᵀ + ridge I)^-1 right`` for a product ``Gᵀ c`` with rows G known to a relative accuracy ``eps``.
+
+    Where rows are parallel to within ``eps``, entries of ``c`` are huge and cancel in the product. What is left then is
+    rounding, so the parts of ``c`` along these directions, whose true product vanishes, are set to zero.
+
+    Args:
+        gram: ``G Gᵀ``, ``(m, m)`` in float64.
+        ridge: greater than 0.
+        right: ``(m,)`` in float64.
+        eps: the spacing of the dtype of G.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    if not bool(failed):
+        solution = torch.cholesky_solve(right[:, None], factor).flatten()
+        signal, noise = solution @ (gram @ solution), eps**2 * (solution.square() @ gram.diagonal())
+        if bool(noise < 1e-4 * signal):
+            return solution
+    values, vectors = torch.linalg.eigh(gram)
+    resolved = values > max((4 * eps) ** 2, len(gram) * torch.finfo(gram.dtype).eps) * values[-1]
+    inside: Tensor = torch.where(resolved, (vectors.mT @ right) / (values + ridge), 0.0)
+    spectral: Tensor = vectors @ inside
+    return spectral
 
 
 def inverse_root(gram: Tensor, ridge: float) -> Tensor:
-    """R with ``Rᵀ R = (gram + ridge I)^-1`` for symmetric matrices ``(n, m, m)`` as in :func:`solve_gram`."""
+    """R with ``Rᵀ R = (gram + ridge I)^-1`` for ``(n, m, m)`` without negative eigenvalues but for rounding."""
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram + ridge * identity)
     if bool(failed.any()):
-        return _spectral_root(gram, ridge)
+        values, vectors = torch.linalg.eigh(gram)
+        spectral: Tensor = vectors.mT / (values.clamp(min=0) + ridge).sqrt()[..., None]
+        return spectral
     root: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-    return root
-
-
-def _spectral_root(gram: Tensor, ridge: float) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram)
-    root: Tensor = vectors.mT / (values.clamp(min=0) + ridge).sqrt()[..., None]
     return root
 
 

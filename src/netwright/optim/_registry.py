@@ -47,7 +47,22 @@ class Capability:
 
 
 _OURS: Mapping[str, tuple[str, int | None, str]] = {
+    "lion": ("Lion", 114, "1"),
+    "diffgrad": ("DiffGrad", 3, "3"),
+    "optimistic-amsgrad": ("OptimisticAMSGrad", 65, "5 + span"),
+    "sania": ("SANIA", 54, "1"),
+    "dog": ("DoG", None, "2"),
+    "udog": ("UDoG", 103, "2"),
+    "mfac": ("MFAC", 14, "window"),
+    "kfac": ("KFAC", None, "two factors and their inverses a layer"),
+    "shampoo": ("Shampoo", None, "two factors and their roots a block"),
+    "exact-gauss-newton": ("ExactGaussNewton", 101, "0; 1 with momentum"),
+    "saddle-free-newton": ("SaddleFreeNewton", 72, "1"),
+    "optimal-input-gain": ("OptimalInputGain", 155, "0"),
+    "bert-adam": ("BertAdam", None, "2"),
 }
+
+_LR_FREE = frozenset({"sania", "dog", "udog"})
 
 _TORCH: Mapping[str, tuple[str, str]] = {
     "sgd": ("torch.optim:SGD", "0; 1 with momentum"),
@@ -79,7 +94,9 @@ def available() -> Mapping[str, Capability]:
         >>> available()["sania"].closure
         'loss'
     """
-    ours = {name: _capability(name, path, paper, state) for name, (path, paper, state) in _OURS.items()}
+    ours = {
+        name: _capability(name, f"netwright.optim:{of}", paper, state) for name, (of, paper, state) in _OURS.items()
+    }
     return ours | {name: _capability(name, path, None, state) for name, (path, state) in _TORCH.items()}
 
 
@@ -131,7 +148,7 @@ def create(name: str, params: ParamsT | nn.Module, **settings: Any) -> Optimizer
 def _capability(name: str, path: str, paper: int | None, state: str) -> Capability:
     kind = resolve(path)
     signature = inspect.signature(kind).parameters
-    ours = paper is not None or path.startswith("netwright.")
+    ours = path.startswith("netwright.")
     return Capability(
         name=name,
         object=path,
@@ -141,6 +158,6 @@ def _capability(name: str, path: str, paper: int | None, state: str) -> Capabili
         foreach="foreach" in signature,
         fused="fused" in signature,
         complex=bool(kind.takes_complex) if ours else True,
-        lr_free="lr" not in signature,
+        lr_free=name in _LR_FREE,
         needs_model="model" in signature,
     )

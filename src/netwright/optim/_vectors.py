@@ -1,0 +1,78 @@
+"""Parameters as one long vector: norms, products and steps over lists of tensors, compiled or by torch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from netwright.optim._fused import ADD, DISTANCE, DOT, LERP, SQUARES, Kernel, Row, run, split, update
+
+__all__ = ["add", "distance", "dot", "lerp", "squares", "wide"]
+
+Group = dict[str, Any]
+
+
+def squares(owner: object, group: Group, values: Sequence[Tensor]) -> float:
+    """Sum of the squares of all entries."""
+    return _sum(owner, group, SQUARES, [(value,) for value in values])
+
+
+def distance(owner: object, group: Group, left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """Sum of the squares of ``left - right``."""
+    return _sum(owner, group, DISTANCE, list(zip(left, right, strict=True)))
+
+
+def dot(owner: object, group: Group, left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """Sum of the products of the entries."""
+    return _sum(owner, group, DOT, list(zip(left, right, strict=True)))
+
+
+def add(owner: object, group: Group, into: Sequence[Tensor], values: Sequence[Tensor], factor: float) -> None:
+    """``into += factor * values``."""
+    _write(owner, group, ADD, list(zip(into, values, strict=True)), factor)
+
+
+def lerp(owner: object, group: Group, into: Sequence[Tensor], values: Sequence[Tensor], weight: float) -> None:
+    """``into += weight * (values - into)``."""
+    _write(owner, group, LERP, list(zip(into, values, strict=True)), weight)
+
+
+def wide(value: Tensor) -> Tensor:
+    """Zeros like ``value``, in at least float32: small movements of a half-precision parameter add up in it."""
+    return torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
+
+
+def _sum(owner: object, group: Group, kernel: Kernel, rows: list[Row]) -> float:
+    taken, left = split(owner, group, rows, kernel)
+    total = run(kernel, taken) if taken else 0.0
+    if left:
+        total += float(torch.stack([_TERMS[kernel](*row) for row in left]).sum())
+    return total
+
+
+def _write(owner: object, group: Group, kernel: Kernel, rows: list[Row], factor: float) -> None:
+    taken, left = split(owner, group, rows, kernel)
+    if taken:
+        run(kernel, taken, factor)
+    update(group, left, _foreach_add if kernel is ADD else _foreach_lerp, factor)
+
+
+def _foreach_add(into: list[Tensor], values: list[Tensor], factor: float) -> None:
+    torch._foreach_add_(into, [v.to(i.dtype) for i, v in zip(into, values, strict=True)], alpha=factor)
+
+
+def _foreach_lerp(into: list[Tensor], values: list[Tensor], weight: float) -> None:
+    torch._foreach_lerp_(into, [v.to(i.dtype) for i, v in zip(into, values, strict=True)], weight)
+
+
+def _norm(value: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(value, dtype=torch.float64)
+    return norm.square()
+
+
+_TERMS: Mapping[Kernel, Callable[..., Tensor]] = {
+    SQUARES: _norm,
+    DISTANCE: lambda left, right: _norm(left - right),
+    DOT: lambda left, right: (left * right).sum(dtype=torch.float64),
+}
