@@ -49,7 +49,7 @@ def stepping(optimizer: Optimizer) -> Step:
     """A step with what the optimizer asks for."""
     if closure_kind(optimizer) == "optional":
         return optimizer.step
-    step: Callable[[Callable[[], Tensor]], object] = optimizer.step
+    step: Callable[..., object] = optimizer.step
     return lambda: step(closure)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning a pretrained sentence encoder on 128 sentences: how much ten seeds differ."""
+"""Fine-tuning a pretrained sentence encoder on 64 sentences: how much ten seeds differ."""
 
 import ast
 import copy
@@ -16,14 +16,13 @@ from torch.utils.data import TensorDataset
 from netwright.core.data import Data
 from netwright.core.evaluate import evaluate
 from netwright.core.fit import fit
-from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.optim.finetune_recipe import finetune_recipe
 
 PAPER = 216
 CLAIM = (
-    "Fine-tuned on 128 docstrings to tell 4 families of modules apart, a MiniLM encoder of 3 blocks varies over 10 seeds "
-    "by at most half of the variance of the common recipe (3 epochs, no bias correction), each at its best learning rate."
+    "Fine-tuned on 64 docstrings to tell 4 families of modules apart, a MiniLM encoder of 2 blocks has over ten seeds "
+    "at most half of the variance of test accuracy that the common recipe has (3 epochs, no bias correction)."
 )
 BETTER = "lower"
 FAMILIES = (
@@ -32,7 +31,8 @@ FAMILIES = (
     "_pydecimal statistics datetime calendar random fractions",
     "importlib inspect typing pkgutil zipimport runpy unittest pdb",
 )
-RATES = (5e-5, 1.5e-4, 5e-4)
+# The rates of greatest mean accuracy on seed 10, of 5e-5, 1e-4, 2e-4, 3e-4, 5e-4 (common) and 1e-4, 2e-4, 5e-4 (ours).
+RATE_COMMON, RATE = 3e-4, 5e-4
 LENGTH, TRAIN, HELD_OUT = 12, 16, 64  # tokens, and sentences per family
 
 
@@ -57,7 +57,7 @@ def corpus() -> tuple[Tensor, Tensor, Tensor]:
     texts = [(line, family) for family, modules in enumerate(FAMILIES) for line in sentences(modules)]
     tokenizer = import_module("transformers").BertTokenizerFast.from_pretrained(folder)
     tokens = tokenizer([line for line, _ in texts], padding="max_length", truncation=True, max_length=LENGTH)
-    used, ids = torch.tensor(tokens["input_ids"]).unique(return_inverse=True)
+    used, ids = torch.unique(torch.tensor(tokens["input_ids"]), return_inverse=True)
     return ids, torch.tensor([family for _, family in texts]), used
 
 
@@ -69,14 +69,14 @@ def pretrained(blocks: int) -> Any:
     library.logging.disable_progress_bar()
     encoder = library.BertModel.from_pretrained(folder, num_hidden_layers=blocks, add_pooling_layer=False)
     words = encoder.get_input_embeddings().weight.detach()[corpus()[2]]
-    encoder.set_input_embeddings(nn.Embedding.from_pretrained(words, freeze=False))
+    encoder.set_input_embeddings(nn.Embedding(len(words), words.shape[1], _weight=words.clone()))
     return encoder
 
 
 class Classifier(nn.Module):
     """The encoder, the mean of its outputs, and a linear head; nothing is frozen."""
 
-    def __init__(self, blocks: int = 3) -> None:
+    def __init__(self, blocks: int = 2) -> None:
         super().__init__()
         self.encoder: Any = copy.deepcopy(pretrained(blocks))
         self.drop, self.head = nn.Dropout(0.1), nn.Linear(self.encoder.config.hidden_size, len(FAMILIES))
@@ -89,3 +89,43 @@ class Classifier(nn.Module):
         outputs = self.encoder(input_ids=ids, attention_mask=mask[:, :, 0].long()).last_hidden_state
         scores: Tensor = self.head(self.drop((outputs * mask).sum(1) / mask.sum(1)))
         return scores
+
+
+def splits(seed: int) -> Data:
+    """16 sentences per family to train on, and 64 each for the other two."""
+    ids, families, _ = corpus()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(ids), generator=generator)
+    each = [order[families[order] == family] for family in range(len(FAMILIES))]
+    cuts = ((0, TRAIN), (TRAIN, TRAIN + HELD_OUT), (TRAIN + HELD_OUT, TRAIN + 2 * HELD_OUT))
+    parts = [torch.cat([rows[start:end] for rows in each]) for start, end in cuts]
+    return Data(*(TensorDataset(ids[part], families[part]) for part in parts))
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    return float((outputs.argmax(1) == targets).float().mean())
+
+
+def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
+    data, count = splits(seed), 2 if smoke else 10
+    common = finetune_recipe(
+        4 * TRAIN, lr=RATE_COMMON, batch_size=8, layers=0, pooler=False, steps=1, bias_correction=False
+    )
+    ours = finetune_recipe(4 * TRAIN, lr=RATE, batch_size=8, layers=1, steps=72)
+    scores: dict[str, list[float]] = {}
+    for name, recipe in (("common", common), ("ours", ours)):
+        chosen = recipe.replace(epochs=0.5) if smoke else recipe
+        for inner in range(100 * seed, 100 * seed + count):
+            torch.manual_seed(inner)
+            model = Classifier()
+            task = Task("docstrings", model, data, nn.functional.cross_entropy, accuracy)
+            fit(model, task, chosen, seed=inner, validate=False)
+            scores.setdefault(name, []).append(evaluate(model, task, "test"))
+    variance = {name: statistics.variance(entry) for name, entry in scores.items()}
+    mean = {f"mean_{name}": statistics.mean(entry) for name, entry in scores.items()}
+    return {
+        "method": variance["ours"],
+        "baseline": variance["common"] / 2,
+        "variance_common": variance["common"],
+        **mean,
+    }

@@ -19,6 +19,10 @@ CLAIM = (
     "the better of SGD with momentum and Adam, each with the best of four learning rates by validation loss."
 )
 BETTER = "lower"
+WHY = (
+    "Over seeds 0 to 2 the test losses are 0.050 and 0.059 on average, M-FAC ahead on two seeds and behind Adam on the "
+    "third, with training losses mixed too: all nearly fit the training set, and three seeds do not separate them."
+)
 
 Make = Callable[..., Optimizer]
 METHODS: dict[str, tuple[Make, tuple[float, ...]]] = {

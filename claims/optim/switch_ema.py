@@ -11,7 +11,7 @@ PAPER = 20
 CLAIM = (
     "A small residual network with batch norms that trains on digits for ten epochs with SwitchEMA ends at a lower "
     "test loss than the better of an ordinary moving average and of none, each at the best on validation data of the "
-    "same three learning rates and, for both averages, the same three decays."
+    "same two learning rates and, for both averages, the same three decays."
 )
 BETTER = "lower"
 SEEDS = 5
@@ -21,11 +21,12 @@ _BATCH = 50
 
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     data = arrays("digits", seed=seed, train=100 if smoke else None)
-    epochs, lrs = (1, (0.03,)) if smoke else (10, (0.01, 0.03, 0.1))
+    epochs, lrs = (1, (0.03,)) if smoke else (10, (0.03, 0.1))
     plain, averaged, switched = [], [], []
     for lr in lrs:
-        plain += _train(data, lr, epochs, (), seed)
-        averaged += _train(data, lr, epochs, _DECAYS, seed)[1:]
+        alone, *others = _train(data, lr, epochs, _DECAYS, seed)  # these averages leave the training as it is
+        plain.append(alone)
+        averaged += others
         for decay in _DECAYS:
             switched += _train(data, lr, epochs, (decay,), seed, switch=True)[1:]
     found = {"plain": min(plain), "ema": min(averaged), "switch": min(switched)}

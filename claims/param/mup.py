@@ -24,16 +24,16 @@ BETTER = "lower"
 
 BASE = 32
 WIDTHS = (32, 128, 512)
-STEPS = 30
+STEPS = 24
 # The grids are centred on the base width, where both parameterizations are the same.
-CENTRES: Mapping[Name, float] = {"sgd": 1.6, "adam": 1.6e-2, "kfac": 0.1, "shampoo": 0.2}
-REACH = (-4, 3)
-DAMPINGS: Mapping[Name, float | None] = {"sgd": None, "adam": 1e-8, "kfac": 1e-2, "shampoo": 1e-3}
+CENTRES: Mapping[Name, float] = {"sgd": 1.6, "adam": 1.6e-2, "kfac": 0.1, "shampoo": 0.4}
+REACH = (-3, 3)
+DAMPINGS: Mapping[Name, float | None] = {"sgd": None, "adam": 1e-8, "kfac": 1e-2, "shampoo": 0.1}
 MAKERS: Mapping[Name, Callable[[Any, nn.Module], Optimizer]] = {
     "sgd": lambda groups, model: torch.optim.SGD(groups, momentum=0.0),
     "adam": lambda groups, model: torch.optim.Adam(groups),
-    "kfac": lambda groups, model: KFAC(groups, model, momentum=0.0, invert_every=10),
-    "shampoo": lambda groups, model: Shampoo(groups, momentum=0.0, precondition_every=10),
+    "kfac": lambda groups, model: KFAC(groups, model, momentum=0.0, kl_clip=None),
+    "shampoo": lambda groups, model: Shampoo(groups, momentum=0.0, precondition_every=STEPS),
 }
 
 

@@ -16,6 +16,10 @@ CLAIM = (
     "learning rate."
 )
 BETTER = "higher"
+WHY = (
+    "With batch normalization the plain network trains at this depth and size too, and on the seeds of development "
+    "neither orthonormal filters nor modulated errors were ahead of it (0.66 and 0.57 against 0.70 on validation)."
+)
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 
 

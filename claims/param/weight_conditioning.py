@@ -1,6 +1,7 @@
-"""Weight conditioning against weight normalization: condition numbers during training, and steps to a training loss.
+"""Weight conditioning against weight normalization: steps until a coordinate network has learned an image.
 
-The paper also reports faster training. At this scale both take the same number of steps, which are recorded beside.
+One of the paper's settings. In small classifiers of the 8x8 digits, with three convolutions and batch normalization or
+five linear layers without, both took about the same number of steps. Condition numbers are recorded beside.
 """
 
 import math
@@ -15,64 +16,66 @@ from netwright.param.weight_conditioning import weight_conditioning
 
 PAPER = 78
 CLAIM = (
-    "While a small convolutional network with batch normalization learns the 8x8 digits by SGD, conditioned hidden "
-    "weights have a smaller condition number than normalized ones (geometric mean over layers and 100 steps), each at "
-    "the learning rate that is fastest for it."
+    "A ReLU network from encoded coordinates to the 784 pixels of a Fashion-MNIST image reaches a squared error of "
+    "0.002 in fewer steps of Adam with conditioned than with normalized hidden weights, each at its best learning rate."
 )
 BETTER = "lower"
 SEEDS = 5
-RATES = (0.1, 0.3, 1.0)
-HIDDEN = ("0", "3", "6")
+WHY = "On the seeds of development both took the same number of steps once rates were chosen on another image."
+RATES = (5e-3, 1e-2, 2e-2)
+HIDDEN = ("0", "2", "4", "6")
 
 
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
-    steps = 12 if smoke else 100
-    # Rates are chosen by another initialization and another order of batches than those that are reported.
+    steps = 15 if smoke else 200
+    # Rates are chosen on another image and from other weights than those that are reported.
     rate = best(RATES, lambda rate: train(seed + 1000, steps, "conditioned", rate)[0])
     rate_baseline = best(RATES, lambda rate: train(seed + 1000, steps, "normalized", rate)[0])
     method, baseline = train(seed, steps, "conditioned", rate), train(seed, steps, "normalized", rate_baseline)
     return {
-        "method": method[1],
-        "baseline": baseline[1],
-        "steps_method": method[0],
-        "steps_baseline": baseline[0],
+        "method": method[0],
+        "baseline": baseline[0],
+        "condition_method": method[1],
+        "condition_baseline": baseline[1],
         "rate_method": rate,
         "rate_baseline": rate_baseline,
     }
 
 
 def train(seed: int, steps: int, kind: str, rate: float) -> tuple[int, float]:
-    """Steps until the loss, averaged over ten, is 0.2; the geometric mean of condition numbers during training."""
+    """Steps until the error is 0.002; the geometric mean of the condition numbers of hidden weights during training."""
     torch.manual_seed(seed)
-    model = network()
-    hidden = [model.get_submodule(name) for name in HIDDEN]
+    images, _ = arrays("fashion-mnist", seed=seed, train=1, held_out=1).train
+    inputs, targets = coordinates(), images[0].flatten()[:, None]
+    layers: list[nn.Module] = []
+    for number in range(4):
+        linear = nn.Linear(64 if number else inputs.shape[1], 64)
+        nn.init.kaiming_normal_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers += [linear if kind == "conditioned" else weight_norm(linear), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(64, 1))
     if kind == "conditioned":
         weight_conditioning(model, include=HIDDEN)
-    else:
-        for layer in hidden:
-            weight_norm(layer)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
-    conditions: list[float] = []
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    found: list[float] = []
 
     def measure(step: int) -> None:
-        if step % 10 == 9:
-            conditions.extend(log_condition(layer) for layer in hidden)
+        if step % 50 == 49:
+            found.extend(log_condition(model.get_submodule(name)) for name in HIDDEN)
 
-    data = arrays("digits")
-    losses = descend(
-        model, optimizer, data.train, functional.cross_entropy, steps=steps, batch=64, seed=seed, after_step=measure
-    )
-    return steps_to(losses, 0.2), math.exp(sum(conditions) / len(conditions))
+    data = inputs, targets
+    losses = descend(model, optimizer, data, functional.mse_loss, steps=steps, batch=784, seed=seed, after_step=measure)
+    return steps_to(losses, 2e-3, window=1), math.exp(sum(found) / max(len(found), 1))
 
 
 def log_condition(layer: nn.Module) -> float:
     assert isinstance(layer.weight, Tensor)
-    return float(torch.linalg.cond(layer.weight.detach().flatten(1)).log())
+    return float(torch.linalg.cond(layer.weight.detach()).log())
 
 
-def network(width: int = 16) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for channels in (1, width, width):
-        stride = 1 if channels == 1 else 2
-        layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+def coordinates(size: int = 28, octaves: int = 6) -> Tensor:
+    """Sines and cosines of pixel coordinates in [-1, 1] at frequencies pi, 2 pi, ... ``(pixels, 4 * octaves)``."""
+    axis = torch.linspace(-1, 1, size)
+    points = torch.cartesian_prod(axis, axis)
+    waves = [2.0**octave * math.pi * points for octave in range(octaves)]
+    return torch.cat([part for wave in waves for part in (wave.sin(), wave.cos())], 1)

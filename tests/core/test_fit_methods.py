@@ -1,7 +1,8 @@
 """What a recipe names besides optimizer and schedule: clipping, averages, parameterizations, penalties, closures."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import TensorDataset
 from netwright.core.average import MovingAverage
 from netwright.core.data import Data
 from netwright.core.errors import RecipeError
+from netwright.core.evaluate import evaluate
 from netwright.core.fit import fit
 from netwright.core.recipe import Recipe
 from netwright.core.score import r2
@@ -88,6 +90,22 @@ class Elsewhere(torch.optim.SGD):
 
     def train(self) -> None:
         self._move(-1.0)
+
+
+class Averaging(torch.optim.SGD):
+    """Descends; inside ``averaged``, every parameter is zero."""
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        params = [param for group in self.param_groups for param in group["params"]]
+        kept = [param.detach().clone() for param in params]
+        with torch.no_grad():
+            for param in params:
+                param.zero_()
+        yield
+        with torch.no_grad():
+            for param, value in zip(params, kept, strict=True):
+                param.copy_(value)
 
 
 def slow_bias(model: nn.Linear, lr: float) -> list[dict[str, Any]]:
@@ -222,10 +240,17 @@ def test_an_optimizer_rests_where_it_is_to_be_evaluated() -> None:
     assert same(result.model, there), "training went on from where it was, and ended at rest"
 
 
+def test_an_optimizer_that_keeps_an_average_is_evaluated_there() -> None:
+    result = fit(task().build(0), task(), SGD.replace(optimizer=f"{HERE}:Averaging"), seed=2)
+    assert all(value.detach().abs().max() == 0 for value in result.model.parameters())
+    assert result.history[-1].val_score == evaluate(result.model, task(), "val")
+    assert result.history[-1].train_loss < result.history[0].train_loss, "training went on elsewhere"
+
+
 def test_a_parameterization_is_used_and_folded_back() -> None:
     model = trained(parameterization=f"{HERE}:normalized", optimizer_settings={"lr": 0.05})
     assert type(model) is nn.Linear
-    assert list(model.state_dict()) == ["bias", "weight"]
+    assert list(model.state_dict()) == ["weight", "bias"]
     by_hand = task().build(0)
     normalized(by_hand)
     fit(by_hand, task(), SGD.replace(optimizer_settings={"lr": 0.05}), seed=2)

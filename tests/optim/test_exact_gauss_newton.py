@@ -3,7 +3,6 @@
 import functools
 import gc
 import io
-import tracemalloc
 
 import pytest
 import torch
@@ -390,28 +389,22 @@ def test_switching_to_eval_is_noticed():
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "curvature": "residual", "line_search": True, "adapt": 1.5}])
 def test_conformance(options):
-    # memory: batched backward passes leave a few small objects of torch's behind; the test below has room for them
-    check_optimizer(functools.partial(ExactGaussNewton, **options), coupled=True, skip=["memory"])
+    # memory: batched backward passes fill caches of torch that grow for a thousand steps; below, tensors are counted
+    check_optimizer(functools.partial(ExactGaussNewton, **options), coupled=True)
 
 
 def test_nothing_grows():
     model, inputs = build("perceptron")
     optimizer = ExactGaussNewton(model.parameters(), momentum=0.5, adapt=1.1)
 
-    def live():
-        gc.collect()
-        tensors = [item.numel() for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter)]
-        return sum(tensors), tracemalloc.get_traced_memory()[0]
-
-    tracemalloc.start()
     found = []
-    for steps in (100, 150):
+    for steps in (10, 40):
         for _ in range(steps):
             optimizer.step(closure_of(model, inputs, LOSSES["cross-entropy"]))
-        found.append(live())
-    tracemalloc.stop()
-    assert found[0][0] == found[1][0]
-    assert found[1][1] - found[0][1] < 150 * 100  # bytes; a row of the Jacobian has 360, and a step has 14
+        gc.collect()
+        tensors = [item.numel() for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter)]
+        found.append((len(tensors), sum(tensors)))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,14 @@ from torch import nn
 from torch.nn import functional
 
 from netwright.core.errors import GradientError, SettingError, StateDictError
+from netwright.core.task import load_task
 from netwright.optim import _kronecker
 from netwright.optim._kronecker import damped_inverse, layer_gradients, layer_inputs, split_damping
 from netwright.optim.kfac import KFAC
 from netwright.testing import check_optimizer
 
 DOUBLE = torch.float64
-FREE = {"momentum": 0.0, "invert_every": 1, "split": "plain"}
+FREE = {"momentum": 0.0, "invert_every": 1, "split": "plain", "kl_clip": None}
 
 
 def mlp(seed=0, sizes=(4, 5, 3), activation=nn.Tanh, bias=True):
@@ -121,7 +122,7 @@ def naive_factors(model, layers, inputs, targets):
 def test_a_run_is_the_transcription(split):
     settings_ = {"lr": 0.05, "damping": 0.04, "decay": 0.8, "update_every": 2, "invert_every": 3, "momentum": 0.7}
     model, twin = mlp(), mlp()
-    optimizer = KFAC(model.parameters(), model, split=split, weight_decay=0.1, **settings_)
+    optimizer = KFAC(model.parameters(), model, split=split, weight_decay=0.1, kl_clip=None, **settings_)
     layers = [twin[0], twin[2]]
     factors, inverses, buffers, updates = [None, None], [None, None], [0.0, 0.0], 0
     for step in range(12):
@@ -303,7 +304,7 @@ def test_other_parameters_take_the_step_of_torch_sgd():
 
 def test_with_identities_as_inverses_it_is_torch_sgd():
     model = mlp()
-    optimizer = KFAC(model.parameters(), model, lr=0.0, momentum=0.0, invert_every=10**6)
+    optimizer = KFAC(model.parameters(), model, lr=0.0, momentum=0.0, invert_every=10**6, kl_clip=None)
     train(model, optimizer, 1)
     for layer in model[::2]:
         for name in ("inverse_a", "inverse_b"):
@@ -388,7 +389,7 @@ def test_one_batch_that_is_not_finite_does_not_spoil_the_factors():
 def test_clipping_bounds_the_length_in_the_metric():
     free, bound = mlp(), mlp()
     optimizers = [
-        KFAC(net.parameters(), net, lr=0.5, kl_clip=clip, **FREE) for net, clip in ((free, None), (bound, 1e-3))
+        KFAC(net.parameters(), net, lr=0.5, **{**FREE, "kl_clip": clip}) for net, clip in ((free, None), (bound, 1e-3))
     ]
     start = [param.detach().clone() for param in free.parameters()]
     moves, grads = [], []
@@ -575,6 +576,18 @@ class Fed(KFAC):
 def test_conformance():
     # Parameters are the suite's own; layers hear data of their own, so that K-FAC's state is at work.
     check_optimizer(lambda params: Fed(params, lr=0.05, update_every=2, invert_every=3), sparse=False, steps=400)
+
+
+def test_the_defaults_train_on_images():
+    inputs, targets = load_task("digits").data.train.tensors
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = KFAC(model.parameters(), model)
+    for index in torch.randperm(len(targets))[:960].split(64) * 3:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(inputs[index]), targets[index]).backward()
+        optimizer.step()
+    assert (model(inputs).argmax(1) == targets).float().mean() > 0.9
 
 
 # What it refuses

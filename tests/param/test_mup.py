@@ -253,7 +253,7 @@ def builder(optimizer, maximal):
         base = network(32) if maximal else model
         groups = mup(model, base, optimizer=optimizer, lr=rate, damping=DAMPING[optimizer])
         if optimizer == "kfac":
-            return model, KFAC(groups, model, momentum=0.0, invert_every=1)
+            return model, KFAC(groups, model, momentum=0.0, invert_every=1, kl_clip=None)
         kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "shampoo": Shampoo}
         return model, kinds[optimizer](groups)
 

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from netwright.core.average import MovingAverage
 from netwright.core.errors import NetwrightError, RecipeError
+from netwright.core.parametrized import fold_parametrizations, parametrized_names
 from netwright.core.recipe import Recipe, resolve
 
 __all__ = [
@@ -45,7 +45,7 @@ class Parameterization:
 
     def __init__(self, recipe: Recipe, model: nn.Module) -> None:
         self._model = model
-        self._before = set(_parametrized(model))
+        self._before = parametrized_names(model)
         self._found: Any = None
         if recipe.parameterization is not None:
             self._found = _call(recipe.parameterization, recipe.parameterization_settings, model)
@@ -60,18 +60,7 @@ class Parameterization:
         """Fold everything into plain weights that compute the same."""
         if not isinstance(self._found, list) and hasattr(self._found, "remove"):
             self._found.remove()
-        for module, name in _parametrized(self._model):
-            if (module, name) not in self._before:
-                parametrize.remove_parametrizations(module, name)
-
-
-def _parametrized(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    found = []
-    for module in model.modules():
-        inner = getattr(module, "parametrizations", None)
-        if isinstance(inner, nn.ModuleDict) and parametrize.is_parametrized(module):
-            found += [(module, name) for name in inner]
-    return found
+        fold_parametrizations(self._model, self._before)
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module, groups: Groups | None = None) -> Optimizer:

@@ -86,7 +86,8 @@ class KFAC(BaseOptimizer):
         invert_every: steps between inversions.
         momentum: in [0, 1).
         weight_decay: decoupled, in units of 1 / ``lr``.
-        kl_clip: bound on the step's squared length in the metric; None for no bound.
+        kl_clip: bound on the squared length of each group's step in the metric; None for no bound, which diverges
+            easily once gradients, and with them :math:`B`, become small.
         sharing: "expand" where every position has a loss of its own, "reduce" where positions are averaged before the
             loss.
         maximize: ascend.
@@ -98,7 +99,7 @@ class KFAC(BaseOptimizer):
     Example:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
-        >>> optimizer = KFAC(model.parameters(), model, lr=0.1, kl_clip=1e-3)
+        >>> optimizer = KFAC(model.parameters(), model, lr=0.1)
         >>> inputs = torch.randn(64, 3)
         >>> targets = inputs.prod(1, keepdim=True)
         >>> for _ in range(60):
@@ -136,7 +137,7 @@ class KFAC(BaseOptimizer):
         invert_every: int = 10,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        kl_clip: float | None = None,
+        kl_clip: float | None = 1e-3,
         sharing: Sharing = "expand",
         maximize: bool = False,
     ) -> None:

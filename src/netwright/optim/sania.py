@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from netwright.core.errors import GradientError, SettingError
-from netwright.optim._base import BaseOptimizer, Group, Member, check_number
+from netwright.optim._base import BaseOptimizer, ClosureKind, Group, Member, check_number
 
-__all__ = ["SANIA", "Preconditioner"]
+__all__ = ["SANIA"]
 
 Preconditioner = Literal["adagrad", "adam", "hutchinson"]
 
@@ -89,6 +89,7 @@ class SANIA(BaseOptimizer):
     :math:`q / (1 + \sqrt{1 - q})` with :math:`q = 2 (f - f^*) / n`, which loses no digits for small :math:`q`.
     """
 
+    closure_kind: ClosureKind = "loss"
     state_names = frozenset({"step", "diagonal"})
     one_device = True
 
@@ -99,7 +100,7 @@ class SANIA(BaseOptimizer):
         *,
         lr: float | Tensor = 1.0,
         beta: float = 0.999,
-        eps: float = 1e-4,
+        eps: float = 1e-3,
         optimum: float = 0.0,
         samples: int = 1,
     ) -> None:

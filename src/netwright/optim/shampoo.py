@@ -115,7 +115,7 @@ class Shampoo(BaseOptimizer):
         lr: float | Tensor = 0.1,
         *,
         momentum: float = 0.9,
-        damping: float = 1e-4,
+        damping: float = 1e-2,
         decay: float = 1.0,
         weight_decay: float = 0.0,
         precondition_every: int = 10,

@@ -1,10 +1,8 @@
 """The way back to a plain model."""
 
-from typing import Any
-
 from torch import nn
-from torch.nn.utils import parametrize
 
+from netwright.core.parametrized import fold_parametrizations
 from netwright.param.backward_modulation import BackwardModulation
 
 __all__ = ["fold"]
@@ -37,21 +35,5 @@ def fold(model: nn.Module) -> nn.Module:
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, BackwardModulation):
                 owner.remove()
-        if parametrize.is_parametrized(part):
-            _fold(part)
+    fold_parametrizations(model)
     return model
-
-
-def _fold(part: nn.Module) -> None:
-    own = type(part)
-    part.__class__ = type(own.__name__, own.__bases__, dict(own.__dict__))
-    held: Any = part.parametrizations
-    for name in list(held):
-        wanted = [value.requires_grad for key, value in held[name]._parameters.items() if value is not None]
-        parametrize.remove_parametrizations(part, name)
-        value = part._buffers.get(name)
-        if wanted and value is not None:
-            del part._buffers[name]
-            part.register_parameter(name, nn.Parameter(value.detach(), requires_grad=any(wanted)))
-    if "bias" in part._parameters:  # layers list it behind their weight
-        part._parameters["bias"] = part._parameters.pop("bias")
