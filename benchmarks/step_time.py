@@ -132,7 +132,7 @@ def whole_steps() -> Mapping[str, Step]:
     return {
         "Adam, whole step": training("adam", lr=1e-3),
         "SGD, whole step": training("sgd", lr=1e-3, momentum=0.9),
-        "ExactGaussNewton, whole step": training("exact-gauss-newton"),
+        "ExactGaussNewton (residual), whole step": training("exact-gauss-newton", curvature="residual"),
         "MFAC (64 gradients), whole step": training("mfac", window=64),
         "KFAC, whole step": training("kfac"),
         "Shampoo, whole step": training("shampoo"),
@@ -144,14 +144,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", action="store_true", help="Also time pytorch_optimizer, which must be installed.")
+    parser.add_argument("--whole", action="store_true", help="Only the whole training steps.")
     parser.add_argument("--only", nargs="*", help="Names of steps beside the reference.")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
-    chosen = {
-        name: make() for name, make in steps(asked.peers).items() if not asked.only or name in (REFERENCE, *asked.only)
-    }
+    chosen = (
+        {}
+        if asked.whole
+        else {
+            name: make()
+            for name, make in steps(asked.peers).items()
+            if not asked.only or name in (REFERENCE, *asked.only)
+        }
+    )
     times = interleaved(chosen, asked.rounds)
     for name, found in times.items():
         print(json.dumps({"step": name, "ms": round(found, 2), "ratio": round(found / times[REFERENCE], 3)}))

@@ -23,7 +23,7 @@ Make = Callable[[list[nn.Parameter], float], Optimizer]
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     inputs, targets = arrays("digits", seed=seed).train
     rates = [1e-2, 1e-1] if smoke else [10 ** (-3 + place / 4) for place in range(9)]
-    limit, starts = (40, 1) if smoke else (250, 5)
+    limit, starts = (40, 1) if smoke else (150, 5)
 
     def steps(make: Make, rate: float, start: int) -> int:
         torch.manual_seed(start)

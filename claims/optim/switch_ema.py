@@ -15,6 +15,10 @@ CLAIM = (
 )
 BETTER = "lower"
 SEEDS = 5
+WHY = (
+    "Over seeds 0 to 4 the test losses are 0.053 with SwitchEMA and 0.049 with the better of the others, and the "
+    "difference swings between -0.010 and +0.020: at ten epochs of 22 iterations on 397 test images no winner shows."
+)
 _DECAYS = (0.8, 0.9, 0.97)
 _BATCH = 50
 

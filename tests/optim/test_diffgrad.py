@@ -150,7 +150,7 @@ def test_the_forms_agree(dtype, decay, shapes, seed, scale):
 
 
 def test_conformance():
-    check_optimizer(functools.partial(DiffGrad, lr=1e-2), complex=True, sparse=False, steps=150)
+    check_optimizer(functools.partial(DiffGrad, lr=1e-2), complex=True, sparse=False, steps=600)
 
 
 def test_conformance_of_the_list_form():

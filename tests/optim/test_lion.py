@@ -111,7 +111,7 @@ def test_the_forms_agree_to_the_last_bit(dtype, decay, shapes, seed):
 
 
 def test_conformance():
-    check_optimizer(functools.partial(Lion, lr=1e-2), complex=True, sparse=False, steps=150)
+    check_optimizer(functools.partial(Lion, lr=1e-2), complex=True, sparse=False, steps=600)
 
 
 def test_conformance_of_the_list_form():

@@ -319,4 +319,4 @@ def test_groups_share_the_subspace_and_the_grid_and_have_their_own_lr():
 
 def test_conformance():
     """Memory is looked at above: its check here would take a minute, for 17 evaluations of the loss in each step."""
-    check_optimizer(partial(SaddleFreeNewton, subspace=4), coupled=True, sparse=False)
+    check_optimizer(partial(SaddleFreeNewton, subspace=4), coupled=True, sparse=False, steps=400)

@@ -103,6 +103,7 @@ def closure_kind(optimizer: Optimizer) -> str:
     returns the loss and does not run backward. ``"outputs"``: it returns the loss and the outputs, without backward.
 
     Example:
+        >>> import torch
         >>> closure_kind(torch.optim.SGD([torch.zeros(1)]))
         'optional'
     """
@@ -150,7 +151,7 @@ def make_average(recipe: Recipe, model: nn.Module) -> MovingAverage | None:
     """
     if recipe.average is None:
         return None
-    found: MovingAverage = _call(recipe.average_method, {}, model, recipe.average)
+    found: MovingAverage = _call(recipe.average_method, recipe.average_settings, model, recipe.average)
     missing = [name for name in dir(MovingAverage) if not name.startswith("_") and not hasattr(found, name)]
     if missing:
         raise RecipeError(f"{recipe.average_method} cannot average weights: it has no {', '.join(missing)}.")

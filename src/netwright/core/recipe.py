@@ -37,6 +37,7 @@ class Recipe:
         average: decay of an exponential moving average of the weights, or None.
         average_method: import path of the class that averages (see ``MovingAverage``), made from the model and
             ``average``.
+        average_settings: its further keyword arguments.
         parameterization: import path of a function called as ``f(model, **settings)`` before training, that rewrites
             the model in place; it may return parameter groups for the optimizer. Or None.
         parameterization_settings: its keyword arguments.
@@ -67,6 +68,7 @@ class Recipe:
     clip_settings: Mapping[str, Any] = field(default_factory=dict)
     average: float | None = None
     average_method: str = "netwright.core.average:MovingAverage"
+    average_settings: Mapping[str, Any] = field(default_factory=dict)
     parameterization: str | None = None
     parameterization_settings: Mapping[str, Any] = field(default_factory=dict)
     penalty: str | None = None

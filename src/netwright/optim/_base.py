@@ -180,9 +180,10 @@ class BaseOptimizer(Optimizer):
         """The parameters of ``group`` that have a gradient and are not empty."""
         found = []
         for param in group["params"]:
-            if param.grad is None or param.numel() == 0:
+            given = param.grad
+            if given is None or param.numel() == 0:
                 continue
-            grad = -param.grad if group.get("maximize") else param.grad
+            grad = -given if group.get("maximize") else given
             real = torch.view_as_real(param) if param.is_complex() else param
             found.append(Member(real, torch.view_as_real(grad) if grad.is_complex() else grad, self.state[param]))
         return found

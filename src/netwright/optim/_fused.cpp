@@ -158,10 +158,40 @@ template <typename T> double dot(void *const *at, int64_t n, const double *) {
   return sum(n, [=](int64_t i) { return double(left[i]) * double(right[i]); });
 }
 
+// Towards start + offset.
+template <typename T> double approach(void *const *at, int64_t n, const double *scalars) {
+  ARRAY(into, 0); ARRAY(start, 1); ARRAY(offset, 2);
+  SCALAR(weight, 0);
+  for (int64_t i = 0; i < n; ++i) into[i] = multiply_add(offset[i], weight, lerp(into[i], start[i], weight));
+  return 0;
+}
+
+// A step of `into`; the squared length of `offset` after a step of its own, which is not taken.
+template <typename T> double add_and_look(void *const *at, int64_t n, const double *scalars) {
+  ARRAY(into, 0); ARRAY(value, 1); ARRAY(offset, 2);
+  SCALAR(alpha, 0); SCALAR(other, 1);
+  return sum(n, [=](int64_t i) {
+    into[i] = multiply_add(value[i], alpha, into[i]);
+    const double x = double(offset[i]) + double(other) * double(value[i]);
+    return x * x;
+  });
+}
+
+template <typename T> double add_squares(void *const *at, int64_t n, const double *scalars) {
+  ARRAY(into, 0); ARRAY(value, 1);
+  SCALAR(alpha, 0);
+  return sum(n, [=](int64_t i) {
+    const T moved = multiply_add(value[i], alpha, into[i]);
+    into[i] = moved;
+    return double(moved) * double(moved);
+  });
+}
+
 const Kernel kKernels[][2] = {
     {lion<float>, lion<double>},       {diffgrad<float>, diffgrad<double>}, {lerp_to<float>, lerp_to<double>},
     {add<float>, add<double>},         {scale<float>, scale<double>},       {squares<float>, squares<double>},
-    {distance<float>, distance<double>}, {dot<float>, dot<double>},
+    {distance<float>, distance<double>}, {dot<float>, dot<double>},         {approach<float>, approach<double>},
+    {add_and_look<float>, add_and_look<double>}, {add_squares<float>, add_squares<double>},
 };
 
 struct Job {

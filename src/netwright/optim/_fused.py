@@ -18,6 +18,9 @@ from netwright.optim import _compiled
 
 __all__ = [
     "ADD",
+    "ADD_AND_LOOK",
+    "ADD_SQUARES",
+    "APPROACH",
     "DIFFGRAD",
     "DISTANCE",
     "DOT",
@@ -62,6 +65,9 @@ SCALE = Kernel(4, 1, (0,), 1)
 SQUARES = Kernel(5, 1, (), 0)
 DISTANCE = Kernel(6, 2, (), 0)
 DOT = Kernel(7, 2, (), 0)
+APPROACH = Kernel(8, 3, (0,), 1)
+ADD_AND_LOOK = Kernel(9, 3, (0,), 2)
+ADD_SQUARES = Kernel(10, 2, (0,), 1)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _WIDE = {torch.float32: 0, torch.float64: 1}

@@ -6,9 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from netwright.optim._fused import ADD, DISTANCE, DOT, LERP, SQUARES, Kernel, Row, run, split, update
+from netwright.optim._fused import (
+    ADD,
+    ADD_AND_LOOK,
+    ADD_SQUARES,
+    APPROACH,
+    DISTANCE,
+    LERP,
+    SQUARES,
+    Kernel,
+    Row,
+    run,
+    split,
+    update,
+)
 
-__all__ = ["add", "distance", "dot", "lerp", "squares", "wide"]
+__all__ = ["add", "add_and_look", "add_squares", "approach", "distance", "lerp", "squares", "wide"]
 
 Group = dict[str, Any]
 
@@ -23,11 +36,6 @@ def distance(owner: object, group: Group, left: Sequence[Tensor], right: Sequenc
     return _sum(owner, group, DISTANCE, list(zip(left, right, strict=True)))
 
 
-def dot(owner: object, group: Group, left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """Sum of the products of the entries."""
-    return _sum(owner, group, DOT, list(zip(left, right, strict=True)))
-
-
 def add(owner: object, group: Group, into: Sequence[Tensor], values: Sequence[Tensor], factor: float) -> None:
     """``into += factor * values``."""
     _write(owner, group, ADD, list(zip(into, values, strict=True)), factor)
@@ -36,6 +44,34 @@ def add(owner: object, group: Group, into: Sequence[Tensor], values: Sequence[Te
 def lerp(owner: object, group: Group, into: Sequence[Tensor], values: Sequence[Tensor], weight: float) -> None:
     """``into += weight * (values - into)``."""
     _write(owner, group, LERP, list(zip(into, values, strict=True)), weight)
+
+
+def approach(owner: object, group: Group, rows: Sequence[Row], weight: float) -> None:
+    """For rows ``into, start, offset``: ``into += weight * (start + offset - into)``."""
+    taken, left = split(owner, group, rows, APPROACH)
+    if taken:
+        run(APPROACH, taken, weight)
+    update(group, left, _foreach_approach, weight)
+
+
+def add_and_look(owner: object, group: Group, rows: Sequence[Row], factor: float, other: float) -> float:
+    """For rows ``into, values, offset``: ``into += factor * values``; squared length of ``offset + other * values``."""
+    taken, left = split(owner, group, rows, ADD_AND_LOOK)
+    total = run(ADD_AND_LOOK, taken, factor, other) if taken else 0.0
+    if left:
+        update(group, [(into, values) for into, values, _ in left], _foreach_add, factor)
+        total += _total([offset.add(values, alpha=other) for _, values, offset in left])
+    return total
+
+
+def add_squares(owner: object, group: Group, into: Sequence[Tensor], values: Sequence[Tensor], factor: float) -> float:
+    """``into += factor * values``; sum of the squares of what comes out."""
+    taken, left = split(owner, group, list(zip(into, values, strict=True)), ADD_SQUARES)
+    total = run(ADD_SQUARES, taken, factor) if taken else 0.0
+    if left:
+        update(group, left, _foreach_add, factor)
+        total += _total([moved for moved, _ in left])
+    return total
 
 
 def wide(value: Tensor) -> Tensor:
@@ -66,6 +102,15 @@ def _foreach_lerp(into: list[Tensor], values: list[Tensor], weight: float) -> No
     torch._foreach_lerp_(into, [v.to(i.dtype) for i, v in zip(into, values, strict=True)], weight)
 
 
+def _foreach_approach(into: list[Tensor], start: list[Tensor], offset: list[Tensor], weight: float) -> None:
+    _foreach_lerp(into, start, weight)
+    _foreach_add(into, offset, weight)
+
+
+def _total(values: Sequence[Tensor]) -> float:
+    return float(torch.stack([_norm(value) for value in values]).sum())
+
+
 def _norm(value: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(value, dtype=torch.float64)
     return norm.square()
@@ -74,5 +119,4 @@ def _norm(value: Tensor) -> Tensor:
 _TERMS: Mapping[Kernel, Callable[..., Tensor]] = {
     SQUARES: _norm,
     DISTANCE: lambda left, right: _norm(left - right),
-    DOT: lambda left, right: (left * right).sum(dtype=torch.float64),
 }

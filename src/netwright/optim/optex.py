@@ -39,8 +39,8 @@ class OptEx(Wrapper):
     Reach for it when one evaluation of the gradient takes long and several can run at the same time: a simulation, a
     small network on a large machine, many devices. It trades ``parallelism`` evaluations at a time for fewer
     sequential iterations; on one device, where evaluations run one after the other, it saves nothing. It gains most
-    where many small steps follow each other (SGD, moderate rates, gradients with little noise); an optimizer that is near
-    its goal in some tens of aggressive steps (Adam at its best rate on a small problem) may even lose.
+    where many small steps follow each other (SGD, moderate rates, gradients with little noise); an optimizer that is
+    near its goal in some tens of aggressive steps (Adam at its best rate on a small problem) may even lose.
 
     From :math:`T` past points :math:`X` with gradients :math:`G` ``(T, d)``, the gradient anywhere is estimated by
 

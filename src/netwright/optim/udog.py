@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from netwright.core.errors import SettingError
 from netwright.optim._base import BaseOptimizer, Group, check_number
 from netwright.optim._fused import check_form
-from netwright.optim._vectors import add, distance, dot, lerp, squares, wide
+from netwright.optim._vectors import add_and_look, add_squares, approach, distance, squares, wide
 
 __all__ = ["UDoG"]
 
@@ -50,7 +50,7 @@ class UDoG(BaseOptimizer):
     :math:`\lVert \alpha_i (g_i - m_i) \rVert^2 / G^y_i` is at most 1 over any run: noise can then no longer push the
     iterates ever further away, at the price of shorter steps.
 
-    Cost: beside the two gradients, eight passes over the parameters, and two words per parameter: :math:`x_0` and
+    Cost: beside the two gradients, five passes over the parameters, and two words per parameter: :math:`x_0` and
     :math:`y - x_0` (one more in half precision, for :math:`\bar x`). Four sums are read back from the device in each
     step.
 
@@ -91,9 +91,7 @@ class UDoG(BaseOptimizer):
     """
 
     closure_kind = "loss"
-    state_names = frozenset(
-        {"start", "offset", "point", "radius", "radii", "weights", "moved", "spread", "largest", "first"}
-    )
+    state_names = frozenset({"start", "offset", "point", "radius", "radii", "weights", "spread", "largest", "first"})
     takes_complex = True
     one_device = True
 
@@ -135,13 +133,13 @@ class UDoG(BaseOptimizer):
         alpha, weight = own["radii"] / own["radius"], own["radii"] / own["weights"]
 
         norm = sum(squares(self, part.group, part.grads) for part in parts)
-        along = sum(dot(self, part.group, part.offsets, part.grads) for part in parts)
         own["largest"] = max(own["largest"], alpha**2 * norm)
         own["first"] = own["first"] or own["largest"]
         size = alpha * _step_size(own["spread"] + own["largest"], own, self.damped)
-        far = own["moved"] - 2 * size * along + size**2 * norm
+        far = 0.0
         for part in parts:
-            add(self, part.group, part.points, part.grads, -weight * size)
+            rows = list(zip(part.points, part.grads, part.offsets, strict=True))
+            far += add_and_look(self, part.group, rows, -weight * size, -size)
             part.publish()
 
         for part in parts:
@@ -152,12 +150,11 @@ class UDoG(BaseOptimizer):
         for part, grads in zip(parts, seconds, strict=True):
             own["spread"] += alpha**2 * distance(self, part.group, grads, part.grads)
         size = alpha * _step_size(own["spread"] + own["largest"], own, self.damped)
+        moved = 0.0
         for part, grads in zip(parts, seconds, strict=True):
-            add(self, part.group, part.offsets, grads, -size)
-        own["moved"] = sum(
-            squares(self, group, [state["offset"] for state in self._states(group)]) for group in self.param_groups
-        )
-        own["radius"] = max(own["radius"], math.sqrt(max(far, own["moved"])))
+            moved += add_squares(self, part.group, part.offsets, grads, -size)
+        still = self._still(parts)
+        own["radius"] = max(own["radius"], math.sqrt(max(far, moved) + still))
         return loss
 
     @contextmanager
@@ -180,8 +177,8 @@ class UDoG(BaseOptimizer):
             part = _Part(
                 group, [param for param in group["params"] if "start" in self.state.get(param, {})], self.state
             )
-            lerp(self, group, part.points, [state["start"] for state in part.states], weight)
-            add(self, group, part.points, part.offsets, weight)
+            starts = [state["start"] for state in part.states]
+            approach(self, group, list(zip(part.points, starts, part.offsets, strict=True)), weight)
             part.publish()
 
     def _part(self, group: Group) -> "_Part":
@@ -203,12 +200,18 @@ class UDoG(BaseOptimizer):
         if "radius" not in own:
             start = sum(squares(self, part.group, [state["start"] for state in part.states]) for part in parts)
             radius = self.initial_movement * (1 + math.sqrt(start))
-            own.update(radius=radius, radii=radius, weights=radius, moved=0.0, spread=0.0, largest=0.0, first=0.0)
+            own.update(radius=radius, radii=radius, weights=radius, spread=0.0, largest=0.0, first=0.0)
         return own
 
-    def _states(self, group: Group) -> list[dict[str, Any]]:
-        states = (self.state.get(param, {}) for param in group["params"])
-        return [state for state in states if "start" in state]
+    def _still(self, parts: list["_Part"]) -> float:
+        """The squared distance of parameters that moved before and have no gradient in this step."""
+        moving = {id(state) for part in parts for state in part.states}
+        total = 0.0
+        for group in self.param_groups:
+            states = [self.state.get(param, {}) for param in group["params"]]
+            still = [state["offset"] for state in states if "offset" in state and id(state) not in moving]
+            total += squares(self, group, still)
+        return total
 
 
 class _Part:

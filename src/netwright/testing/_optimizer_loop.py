@@ -163,9 +163,7 @@ def _memory(trial: Trial) -> None:
         after[0] <= before[0], f"live tensors grew from {before[0]} to {after[0]} elements over {counted} iterations."
     )
     grown = after[1] - before[1]
-    expect(
-        grown <= counted // 4 + _SLACK_BLOCKS, f"Python holds {grown} more blocks after {counted} iterations."
-    )
+    expect(grown <= counted // 4 + _SLACK_BLOCKS, f"Python holds {grown} more blocks after {counted} iterations.")
 
 
 def _live() -> tuple[int, int]:

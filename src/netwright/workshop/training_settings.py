@@ -16,7 +16,7 @@ __all__ = ["Entry", "change_recipe", "optimizer_path", "training_entries", "with
 
 _LR_SCHEDULES = ("max_lr",)
 _FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
-_NESTED = {"optimizer", "schedule", "clip", "parameterization", "penalty"}
+_NESTED = {"optimizer", "schedule", "clip", "average", "parameterization", "penalty"}
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def change_recipe(recipe: Recipe, changes: Sequence[str]) -> Recipe:
     ``optimizer=lion``       by name (see ``netwright.optim.available``) or import path, with its own defaults
     ``schedule=cosine``      by name (``netwright.optim.schedules``), import path, or ``none``
     ``lr=3e-4``              of the optimizer, and the peak of the schedule where it has one
-    ``optimizer.betas=[…]``  a setting of the optimizer; likewise ``schedule.``, ``clip.``, ``penalty.``,
-                             ``parameterization.``
+    ``optimizer.betas=[…]``  a setting of the optimizer; likewise ``schedule.``, ``clip.``,
+                             ``average.``, ``parameterization.``, ``penalty.``
     ``epochs=3``             any other setting of the recipe, as JSON
     ======================== ====================================================================================
 
