@@ -25,6 +25,10 @@ CLAIM = (
     "at most half of the variance of test accuracy that the common recipe has (3 epochs, no bias correction)."
 )
 BETTER = "lower"
+WHY = (
+    "Over seeds 0 to 2 the variance is 0.71, 0.96 and 0.18 of the common recipe's: that recipe does not break down on "
+    "an encoder as small as this, so there is little variance to remove."
+)
 FAMILIES = (
     "email http urllib smtplib imaplib ftplib mailbox xmlrpc wsgiref ssl socket",
     "asyncio multiprocessing threading concurrent subprocess",
