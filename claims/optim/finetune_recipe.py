@@ -26,8 +26,8 @@ CLAIM = (
 )
 BETTER = "lower"
 WHY = (
-    "Over seeds 0 to 2 the variance is 0.71, 0.96 and 0.18 of the common recipe's: that recipe does not break down on "
-    "an encoder as small as this, so there is little variance to remove."
+    "On seeds 0, 1 and 2 the variance is 0.71, 0.96 and 0.18 of the common recipe's: lower each time, but at most half "
+    "only once."
 )
 FAMILIES = (
     "email http urllib smtplib imaplib ftplib mailbox xmlrpc wsgiref ssl socket",

@@ -304,6 +304,7 @@ def test_minmax_range_is_what_the_input_spans(digits, quantized):
 # Integer inference
 
 
+@pytest.mark.vnni
 def test_runtime_agrees_with_the_simulation(digits, quantized):
     model, path = quantized
     images, labels = digits.data.test.tensors
@@ -353,6 +354,7 @@ def test_weights_in_the_file_are_those_of_the_simulation(quantized):
     assert any(np.array_equal(value, expected) for value in stored)
 
 
+@pytest.mark.vnni
 @pytest.mark.parametrize(
     "step",
     [
@@ -375,6 +377,7 @@ def test_every_setting_exports_what_it_simulates(digits, tmp_path, step):
     assert 1e-4 < float((full - simulated).norm() / full.norm()) < 0.1
 
 
+@pytest.mark.vnni
 def test_quantized_model_trains_copies_saves(digits, quantized, tmp_path):
     images, labels = digits.data.train.tensors
     model = copy.deepcopy(quantized[0])
@@ -423,6 +426,7 @@ class Mobile(nn.Module):
         return self.head(x[:, :, :2, :2].flatten(1))
 
 
+@pytest.mark.vnni
 def test_mobile_pieces_become_integer_kernels(tmp_path):
     torch.manual_seed(0)
     model, inputs = Mobile().eval(), torch.randn(8, 3, 16, 16)
@@ -456,6 +460,7 @@ class Encoder(nn.Module):
         return {"logits": self.logits(x), "hidden": x}
 
 
+@pytest.mark.vnni
 def test_transformer_multiplies_integers_and_keeps_the_tied_table(tmp_path):
     torch.manual_seed(0)
     model, tokens = Encoder().eval(), torch.randint(0, 20, (8, 6))
@@ -509,6 +514,7 @@ def test_types_are_chosen_by_measurement(measured):
     assert found.to_dict()["settings"]["activation"] == found.settings.activation
 
 
+@pytest.mark.vnni
 def test_other_types_stand_for_the_same_numbers(digits, quantized, tmp_path):
     images = digits.data.test.tensors[0][:32]
     expected = OnnxModule(quantized[1])(images)

@@ -267,4 +267,4 @@ def test_tracing_is_quick(name: str) -> None:
         start = time.process_time()
         trace(model, inputs)
         times.append(time.process_time() - start)
-    assert min(times) < 2
+    assert min(times) < 4

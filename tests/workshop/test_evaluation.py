@@ -56,6 +56,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Subject, dict[s
 Evaluated = tuple[Subject, dict[str, Outcome], dict[str, Tensor]]
 
 
+@pytest.mark.vnni
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_delivered_is_what_was_measured(case: str, evaluated: Evaluated, tmp_path: Path) -> None:
     base, outcomes, _ = evaluated
