@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from netwright.compress._choose import Limits, choose_global, choose_layer
 from netwright.compress._saliency import saliency_magnitude, saliency_taylor
 from netwright.compress._savings import macs_per_unit
+from netwright.compress._settings import check_choice, check_count, check_weights
 from netwright.core.errors import NothingToPruneError, TransformError
 from netwright.core.graph import Graph, Group, trace
 from netwright.core.task import Task
@@ -103,13 +104,9 @@ class Prune:
                     f"Prune.ratios for {name} must lie in [0, 1), got {ratio!r}. 0.5 removes half of the units."
                 )
         for field, kinds in (("scope", Scope), ("saliency", Saliency), ("count", Count)):
-            if getattr(self, field) not in get_args(kinds):
-                known = " or ".join(map(repr, get_args(kinds)))
-                raise TransformError(f"Prune.{field} must be {known}, got {getattr(self, field)!r}.")
+            check_choice(self, field, getattr(self, field), get_args(kinds))
         for field in ("keep_at_least", "round_to", "batches", "batch_size"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise TransformError(f"Prune.{field} must be a positive integer, got {value!r}.")
+            check_count(self, field, getattr(self, field))
         if self.scope == "global" and isinstance(self.ratios, Mapping):
             raise TransformError("Prune.ratios must be one number with scope='global'; leave groups out with exclude.")
 
@@ -150,7 +147,7 @@ class Prune:
         return self._plan(model, task, seed, lambda fraction, what: None)[1]
 
     def _plan(self, model: nn.Module, task: Task, seed: int, report: Progress) -> tuple[Graph, dict[str, list[int]]]:
-        _check_weights(model)
+        check_weights(self, model)
         report(0.0, "tracing")
         graph = trace(model, task.example())
         groups = self._groups(graph)
@@ -222,13 +219,3 @@ class Prune:
             seed=seed,
             told=lambda fraction: report(0.3 + 0.6 * fraction, "scoring by taylor"),
         )
-
-
-def _check_weights(model: nn.Module) -> None:
-    for name, value in model.named_parameters():
-        if not bool(value.isfinite().all()):
-            count = int((~value.isfinite()).sum())
-            raise TransformError(
-                f"{name} has {count} values that are not finite, so its units cannot be ranked. Train the model again, "
-                "or restore a sound checkpoint."
-            )

@@ -15,6 +15,7 @@ from netwright.compress._fold import attribute, fold_batch_norms, op_name
 from netwright.compress._observe import Observer, grid
 from netwright.compress._placement import Plan, plan
 from netwright.compress._quantizers import ActivationQuantizer, Integers, WeightQuantizer
+from netwright.compress._settings import check_choice, check_count, check_weights
 from netwright.core.data import Dataset, batches, call, to_device
 from netwright.core.errors import TransformError
 from netwright.core.graph.export import export_model
@@ -94,11 +95,8 @@ class Int8:
 
     def __post_init__(self) -> None:
         for name, kinds in (("activation", Kind), ("weight", Kind), ("calibration", Calibration)):
-            if getattr(self, name) not in get_args(kinds):
-                known = " or ".join(repr(kind) for kind in get_args(kinds))
-                raise TransformError(f"Int8.{name} must be {known}, got {getattr(self, name)!r}.")
-        if not isinstance(self.calibration_items, int) or self.calibration_items < 1:
-            raise TransformError(f"Int8.calibration_items must be a positive integer, got {self.calibration_items!r}.")
+            check_choice(self, name, getattr(self, name), get_args(kinds))
+        check_count(self, "calibration_items", self.calibration_items)
 
     def __call__(
         self,
@@ -118,7 +116,7 @@ class Int8:
             seed: draws the calibration items.
             progress: told how far it is.
         """
-        _check_weights(model)
+        check_weights(self, model)
         report = progress or (lambda fraction, what: None)
         report(0.0, "tracing")
         module = trace(model, task)
@@ -178,15 +176,6 @@ def _plain_signature(graph: fx.Graph, program: ExportedProgram) -> None:
 
 def _is_in_place(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _check_weights(model: nn.Module) -> None:
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise TransformError(
-                f"Int8: {name} of {type(model).__name__} holds NaN or infinity, so it has no range. Train the model "
-                "again."
-            )
 
 
 def _split_silu(module: fx.GraphModule) -> None:

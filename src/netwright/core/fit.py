@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from netwright.core.console import ConsoleProgress
 from netwright.core.errors import RecipeError, TaskError
 from netwright.core.evaluate import device_of, evaluate
-from netwright.core.loop import Callback, FitResult, Loop, Record
+from netwright.core.loop import Callback, FitResult, Loop, Record, StepHook
 from netwright.core.randomness import isolated
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
 
-__all__ = ["Callback", "FitResult", "Record", "fit"]
+__all__ = ["Callback", "FitResult", "Record", "StepHook", "fit"]
 
 
 def fit(
@@ -35,6 +35,7 @@ def fit(
     progress: Progress | None = None,
     console: bool = False,
     validate: bool = True,
+    hook: StepHook | None = None,
 ) -> FitResult:
     r"""Train ``model`` in place.
 
@@ -67,6 +68,8 @@ def fit(
         progress: told the finished fraction, and loss and score in words.
         console: show progress on standard error.
         validate: score ``val`` at the end of every epoch.
+        hook: what a method does within every iteration; not with ``checkpoint``, nor where the task trains by its own
+            ``fit``.
 
     Returns:
         The model and its training curve.
@@ -74,7 +77,7 @@ def fit(
     Raises:
         NonFiniteLossError: a loss that is NaN or infinite.
         TaskError: a loss that raises, is not a scalar or does not depend on the model.
-        RecipeError: settings that the optimizer or the schedule refuses.
+        RecipeError: settings that the optimizer or the schedule refuses; a hook where none can be called.
         CorruptRunError: a checkpoint that is truncated or damaged.
         RunDirectoryError: a checkpoint of another training, or one that cannot be written.
 
@@ -88,6 +91,8 @@ def fit(
     chosen = recipe or task.recipe or Recipe()
     if teacher is model:
         raise RecipeError("The teacher is the model itself. Give fit() a copy: copy.deepcopy(model).")
+    if hook is not None and (checkpoint is not None or task.fit is not None):
+        raise RecipeError("fit() takes no hook together with a checkpoint, or for a task that trains by its own fit.")
     home = device_of(model)
     place = _place(device, home)
     shown = ConsoleProgress(f"training {task.name}") if console else nullcontext()
@@ -97,7 +102,7 @@ def fit(
             model.to(place)
             if task.fit is not None:
                 return _own_fit(model, task, recipe or task.recipe, seed, teacher, validate)
-            loop = Loop(model, task, chosen, seed, teacher, place, validate, tuple(callbacks), told)
+            loop = Loop(model, task, chosen, seed, teacher, place, validate, tuple(callbacks), told, hook)
             return loop.run(checkpoint, checkpoint_seconds)
         finally:
             model.to(home)

@@ -23,8 +23,9 @@ from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.teacher import Teacher, take
 from netwright.core.transform import Progress
+from netwright.core.zeros import Zeros
 
-__all__ = ["Callback", "FitResult", "Loop", "Record"]
+__all__ = ["Callback", "FitResult", "Loop", "Record", "StepHook"]
 
 _RECORDS = 20  # a fit leaves about this many points on its training curve, more where it has more epochs
 
@@ -52,6 +53,19 @@ class Record:
 
 Callback: TypeAlias = Callable[[Record], None]
 """Called with every record as it is made; what it raises ends the fit."""
+
+
+class StepHook:
+    """What a method does within every iteration of a fit: masks, projections, changed gradients. Itself does nothing.
+
+    Steps count from 0 to ``total - 1``. What a hook remembers is not saved with a checkpoint.
+    """
+
+    def before_step(self, step: int, total: int) -> None:
+        """Called when gradients are there and before the optimizer moves; may change gradients in place."""
+
+    def after_step(self, step: int, total: int) -> None:
+        """Called after the optimizer has moved; may change parameters in place."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,7 @@ class Loop:
         validate: bool,
         callbacks: tuple[Callback, ...],
         progress: list[Progress],
+        hook: StepHook | None = None,
     ) -> None:
         self.model, self.task, self.recipe, self.device = model, task, recipe, device
         self.seed, self.validate, self.callbacks, self.progress = seed, validate, callbacks, progress
@@ -99,10 +114,13 @@ class Loop:
         self.optimizer = make_optimizer(recipe, model, self.parameterization.groups)
         self.schedule = make_schedule(recipe, self.optimizer, self.total)
         self.average = make_average(recipe, model)
-        self.objective = Objective(model, task, recipe, self.optimizer)
+        self.hook = hook
+        self.step = 0
+        before = None if hook is None else lambda: hook.before_step(self.step, self.total)
+        self.objective = Objective(model, task, recipe, self.optimizer, before)
+        self.zeros = Zeros(model) if recipe.keep_zeros else None
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch_start = self.generator.get_state()
-        self.step = 0
         self.losses: list[float] = []
         self.history: list[Record] = []
         self.score: float | None = None
@@ -143,6 +161,10 @@ class Loop:
         where = f"step {self.step + 1} of {self.total} (epoch {epoch:.2f}, learning rate {lr:.3g})"
         closure, seen = self.objective.closure(inputs, targets, goal, where)
         self.optimizer.step(closure)
+        if self.hook is not None:
+            self.hook.after_step(self.step, self.total)
+        if self.zeros is not None:
+            self.zeros.restore()
         if self.schedule is not None:
             self.schedule.step()
         self.step += 1

@@ -27,18 +27,29 @@ class Objective:
         task: whose loss is taken.
         recipe: weight of the teacher, penalty, clipping.
         optimizer: decides what kind of closure is made.
+        before: called after every backward pass, and after clipping.
 
     Raises:
-        RecipeError: clipping or a penalty with an optimizer that takes its own derivatives.
+        RecipeError: clipping, a penalty or ``before`` with an optimizer that takes its own derivatives.
     """
 
-    def __init__(self, model: nn.Module, task: Task, recipe: Recipe, optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        recipe: Recipe,
+        optimizer: Optimizer,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         self._model, self._task, self._recipe, self._optimizer = model, task, recipe, optimizer
         self._kind = closure_kind(optimizer)
+        self._before = before
         self.clip: Any = make_clip(recipe)
         self._penalty = make_penalty(recipe, model)
         if self.clip is not None and self._kind in ("graph", "outputs"):
             raise RecipeError(f"{recipe.optimizer} takes derivatives on its own, so nothing can be clipped. Drop clip.")
+        if before is not None and self._kind in ("graph", "outputs"):
+            raise RecipeError(f"{recipe.optimizer} takes derivatives on its own, so no hook can see its gradients.")
         if self._penalty is not None and self._kind == "outputs":
             raise RecipeError(f"{recipe.optimizer} works on the outputs alone and takes no penalty. Drop it.")
 
@@ -66,6 +77,8 @@ class Objective:
             torch.autograd.backward(loss)
             if self.clip is not None:
                 self.clip(self._model.parameters())
+            if self._before is not None:
+                self._before()
             return loss
 
         return closure, seen

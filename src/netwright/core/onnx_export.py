@@ -15,7 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from netwright.core import fake_quantize, onnx_quantized
+from netwright.core import fake_quantize, onnx_quantized, onnx_sparse
 from netwright.core.data import Inputs
 from netwright.core.errors import ArtifactError
 from netwright.core.files import atomic_write
@@ -35,7 +35,8 @@ def export_onnx(model: nn.Module | ExportedProgram, inputs: Inputs, path: str | 
     Reach for it whenever a model is to run outside torch. Only operators of the standard ONNX domain are used,
     so any runtime loads the file. Constants are folded, batch norms are folded into the convolutions before them,
     and names, documentation and metadata of no use to a runtime are dropped. Fake-quantized models become
-    integer ones: see :mod:`netwright.core.onnx_quantized`.
+    integer ones: see :mod:`netwright.core.onnx_quantized`. Weights with many zeros are stored without them: see
+    :mod:`netwright.core.onnx_sparse`.
 
     Inputs are named after the arguments of ``forward`` (or the keys of ``inputs``); the outputs ``output``,
     ``output_0``, ``output_1``, ... or the keys of the dict that the model returns.
@@ -66,6 +67,7 @@ def export_onnx(model: nn.Module | ExportedProgram, inputs: Inputs, path: str | 
     onnx_quantized.spatial_means_to_pools(proto)
     onnx_quantized.store_integers(proto)
     onnx_quantized.drop_unused(proto.graph)
+    onnx_sparse.store_sparse(proto)
     _name_interface(proto, input_names(program), output_names(program))
     _strip(proto)
     size = proto.ByteSize()

@@ -25,7 +25,8 @@ def peak_memory(path: str | Path, batch: int = 1) -> int:
     makes it to the last one that reads it; inputs and outputs of the model are counted. It is computed, so that two
     runs agree to the byte and no other process colours it. Reshapes share memory with their input. In a quantized
     file, a float tensor that is only ever quantized, and one that is only a dequantized view of integers, count
-    nothing, for runtimes fuse them away. What the runtime itself needs (its code, its copies of weights in other
+    nothing, for runtimes fuse them away. What depends on no input is computed when the file is loaded, and counts as a
+    weight. What the runtime itself needs (its code, its copies of weights in other
     layouts, scratch space of its kernels) is left out; a tensor whose shape depends on the data counts with 1 for
     each unknown dimension.
 
@@ -40,8 +41,25 @@ def peak_memory(path: str | Path, batch: int = 1) -> int:
     """
     proto = _load(path)
     graph = proto.graph
-    weights = sum(_tensor_bytes(item.data_type, item.dims) for item in graph.initializer)
-    return weights + _peak(graph, _activation_sizes(proto, batch))
+    weights = {item.name: _tensor_bytes(item.data_type, item.dims) for item in graph.initializer}
+    sizes = _activation_sizes(proto, batch)
+    return _fold(graph, weights, sizes) + _peak(graph, sizes)
+
+
+def _fold(graph: Any, weights: dict[str, int], sizes: dict[str, int]) -> int:
+    """Take the operations that depend on no input out of ``graph``; returns the bytes of all weights that are left."""
+    known, rest = dict(weights), []
+    for node in graph.node:
+        inner = any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
+        if not inner and node.op_type != "DequantizeLinear" and all(name in known for name in node.input if name):
+            known.update({name: sizes.get(name, 0) for name in node.output})
+        else:
+            rest.append(node)
+    folded = len(rest) < len(graph.node)
+    del graph.node[:]
+    graph.node.extend(rest)
+    read = {name for node in rest for name in _reads(node)} | {value.name for value in graph.output}
+    return sum(size for name, size in known.items() if name in read or (name in weights and not folded))
 
 
 def _peak(graph: Any, sizes: dict[str, int]) -> int:

@@ -44,6 +44,7 @@ class Recipe:
         penalty: import path of a function called as ``f(model, **settings)``, that returns a function without
             arguments whose value is added to the loss; or None.
         penalty_settings: its keyword arguments.
+        keep_zeros: whether weights that are zero at the start stay so (see :mod:`netwright.core.zeros`).
         precision: "float32" or "bfloat16" (autocast).
         distill_weight: share of the teacher's term in the loss when a teacher is given, in [0, 1].
         distill_temperature: softening of both distributions in the teacher's term.
@@ -73,6 +74,7 @@ class Recipe:
     parameterization_settings: Mapping[str, Any] = field(default_factory=dict)
     penalty: str | None = None
     penalty_settings: Mapping[str, Any] = field(default_factory=dict)
+    keep_zeros: bool = False
     precision: str = "float32"
     distill_weight: float = 0.5
     distill_temperature: float = 2.0
@@ -87,6 +89,10 @@ class Recipe:
             "average",
             "between 0 and 1, or None",
             self,
+        )
+        _require(isinstance(self.keep_zeros, bool), "keep_zeros", "true or false", self)
+        _require(
+            not self.keep_zeros or self.parameterization is None, "keep_zeros", "false with a parameterization", self
         )
         _require(self.precision in ("float32", "bfloat16"), "precision", "'float32' or 'bfloat16'", self)
         _require(

@@ -1,0 +1,143 @@
+"""All weights that single-weight pruning may set to zero, as one vector."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from netwright.core.data import Batch, batches
+from netwright.core.errors import NothingToPruneError, TransformError
+from netwright.core.losses import task_loss
+from netwright.core.task import Task
+
+__all__ = ["FlatWeights", "loss_gradients", "training_batches"]
+
+Told: TypeAlias = Callable[[float], object]
+
+
+class FlatWeights:
+    """The matrices and kernels of a model as one vector of ``size`` entries.
+
+    Every floating-point parameter of at least two dimensions belongs to it, but for tables of embeddings (each row of
+    which few items read), for shared parameters once; biases and the scales of normalizations do not.
+
+    Args:
+        model: whose parameters they are, read and written in place.
+        exclude: names of parameters, or of modules whose parameters, stay out.
+
+    Raises:
+        NothingToPruneError: a model without any.
+        TransformError: a name in ``exclude`` that the model does not have.
+    """
+
+    def __init__(self, model: nn.Module, exclude: Sequence[str] = ()) -> None:
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        known = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+        for name in exclude:
+            if name not in known:
+                raise TransformError(f"exclude names {name!r}, which {type(model).__name__} does not have.")
+        found = {
+            name: value
+            for name, value in model.named_parameters()
+            if value.ndim > 1 and value.is_floating_point() and value.numel() and id(value) not in tables
+        }
+        self.parameters = {
+            name: value
+            for name, value in found.items()
+            if not any(name == stays or name.startswith(f"{stays}.") for stays in exclude)
+        }
+        if not self.parameters:
+            reason = f"exclude={list(exclude)!r} leaves none of its {len(found)}" if found else "it has none"
+            raise NothingToPruneError(f"{type(model).__name__} has no weight matrix or kernel to prune: {reason}.")
+        self.size = sum(value.numel() for value in self.parameters.values())
+
+    def __iter__(self) -> Iterator[tuple[str, slice, Tensor]]:
+        """Name, place in the vector, and the parameter itself."""
+        start = 0
+        for name, value in self.parameters.items():
+            yield name, slice(start, start + value.numel()), value
+            start += value.numel()
+
+    def read(self) -> Tensor:
+        """A copy of the weights, ``(size,)``."""
+        return torch.cat([value.detach().flatten() for value in self.parameters.values()])
+
+    @torch.no_grad()
+    def write(self, vector: Tensor) -> None:
+        """Put ``(size,)`` numbers into the model."""
+        for _, place, value in self:
+            value.copy_(vector[place].view_as(value))
+
+    def gather(self, values: Sequence[Tensor | None]) -> Tensor:
+        """Tensors shaped like the parameters, in their order (None for zeros), as one vector."""
+        pairs = zip(self.parameters.values(), values, strict=True)
+        return torch.cat([torch.zeros_like(param).flatten() if v is None else v.flatten() for param, v in pairs])
+
+    def dense(self, density: float) -> int:
+        """How many weights ``density`` of all are, at least one."""
+        return max(1, round(density * self.size))
+
+
+def training_batches(task: Task, size: int, count: int, seed: int, device: torch.device) -> list[Batch]:
+    """At most ``count`` whole batches of the training split, drawn without replacement.
+
+    Raises:
+        TransformError: fewer training items than one batch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for batch in batches(task.data.train, size, generator=generator, drop_last=True, device=device):
+        found.append(batch)
+        if len(found) == count:
+            break
+    if not found:
+        raise TransformError(
+            f"Task {task.name!r} has {len(task.data.train)} training items, fewer than one batch of {size}. Lower the "
+            "batch size."
+        )
+    return found
+
+
+def loss_gradients(
+    model: nn.Module, weights: FlatWeights, task: Task, parts: Sequence[Batch], told: Told | None = None
+) -> Tensor:
+    """The gradient of the mean loss of each batch with respect to ``weights``, ``(len(parts), weights.size)``.
+
+    With batches of one item these are per-item gradients. The model's mode is left as it is; nothing accumulates in
+    ``grad``.
+
+    Args:
+        model: the model that ``weights`` belongs to.
+        weights: with respect to what.
+        task: whose loss.
+        parts: the batches.
+        told: called with the finished fraction.
+
+    Raises:
+        TransformError: a loss or gradient that is not finite.
+
+    Cost: a forward and a backward pass for each batch, and the matrix that is returned.
+    """
+    rows = torch.empty(len(parts), weights.size, dtype=weights.read().dtype, device=parts[0][1].device)
+    variables = list(weights.parameters.values())
+    frozen = [value for value in variables if not value.requires_grad]
+    for value in frozen:
+        value.requires_grad_(True)
+    try:
+        for position, (inputs, targets) in enumerate(parts):
+            with torch.enable_grad():
+                loss = task_loss(task, task.outputs(model, inputs), targets)
+            gradients = torch.autograd.grad(loss, variables, allow_unused=True)
+            rows[position] = weights.gather(gradients)
+            if not bool(loss.isfinite()) or not bool(rows[position].isfinite().all()):
+                raise TransformError(
+                    f"Task {task.name!r}: loss or gradients are not finite on a batch of its training data (loss "
+                    f"{loss.item():.4g}). Train the model to a finite loss first."
+                )
+            if told is not None:
+                told((position + 1) / len(parts))
+    finally:
+        for value in frozen:
+            value.requires_grad_(False)
+    return rows
