@@ -214,3 +214,22 @@ def test_replay_of_what_is_no_recipe(
 )
 def test_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path, words, said) -> None:
     assert said in refused(monkeypatch, capsys, tmp_path, "train", "breast-cancer", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "Prun"], "Did you mean Prune"),
+        (["--method", "compare"], "has no method 'compare'"),
+        (["--method", "Prune", "--set", "ratios=1.5"], "must lie in [0, 1), got 1.5"),
+        (["--method", "Prune", "--set", "ratio=0.5"], "Prune refuses the settings {'ratio': 0.5}"),
+        (["--method", "Prune", "--set", "ratios"], "key=value"),
+        (["--method", "Prune", "--set", "Int8.weight=int8"], "'Int8' is not among the methods Prune"),
+        (["--method", "Prune", "--method", "Int8", "--set", "ratios=0.5"], "whose? Write Prune.ratios=0.5"),
+        (["--method", "Prune", "--method", "Prune"], "names one method twice"),
+        (["--method", "torch.nn:ReLU"], "ReLU"),
+        (["--method", "Prune", "--resume"], "no run to resume"),
+    ],
+)
+def test_compress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path, words, said) -> None:
+    assert said in refused(monkeypatch, capsys, tmp_path, "compress", "breast-cancer", *words)

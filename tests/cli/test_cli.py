@@ -16,7 +16,7 @@ from netwright.cli.main import COMMANDS as MODULES
 from netwright.version import __version__
 
 TASKS = Path(__file__).with_name("bad_tasks.py")
-COMMANDS = ("optimize", "train", "measure", "methods", "replay", "report", "doctor")
+COMMANDS = ("optimize", "compress", "train", "measure", "methods", "replay", "report", "doctor")
 
 
 def invoke(*words: str) -> str:
@@ -145,3 +145,17 @@ def test_train_compares_and_reports(tmp_path: Path) -> None:
     recipe = place / "recipe.json"
     shown = json.loads(invoke("train", "breast-cancer", "--recipe", str(recipe), "--dry-run"))
     assert shown[0]["epochs"] == 1
+
+
+def test_compress_compares_and_resumes(tmp_path: Path) -> None:
+    words = ("compress", "breast-cancer", "--method", "Prune", "--method", "netwright.compress:Int8")
+    words = (*words, "--set", "Prune.ratios=0.25", "--epochs", "1")
+    planned = json.loads(invoke(*words, "--dry-run"))
+    assert planned["Prune"]["settings"]["ratios"] == 0.25
+    assert planned["Int8"]["method"] == "netwright.compress.quantize:Int8"
+    place = tmp_path / "run"
+    said = plain(invoke(*words, "--out", str(place)))
+    assert said.splitlines()[0].split()[:2] == ["Method", "Val"]
+    assert {path.name for path in place.glob("*.onnx")} == {"baseline.onnx", "Prune.onnx", "Int8.onnx"}
+    again = json.loads(invoke(*words, "--out", str(place), "--resume", "--json"))
+    assert [row["name"] for row in again["rows"]] == ["Prune", "Int8"]

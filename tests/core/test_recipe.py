@@ -111,3 +111,12 @@ def test_a_path_that_leads_nowhere_is_named(path: str) -> None:
     with pytest.raises(NetwrightError) as caught:
         resolve(path)
     assert repr(path) in str(caught.value)
+
+
+def test_scaled_touches_learning_rates_only() -> None:
+    recipe = Recipe(optimizer_settings={"lr": 0.4, "weight_decay": 0.1}, schedule_settings={"max_lr": 0.8, "x": 3})
+    found = recipe.scaled(0.25)
+    assert found.optimizer_settings == {"lr": 0.1, "weight_decay": 0.1}
+    assert found.schedule_settings == {"max_lr": 0.2, "x": 3}
+    assert recipe.optimizer_settings["lr"] == 0.4
+    assert recipe.scaled(1.0) == recipe

@@ -24,7 +24,6 @@ from netwright.workshop.evaluation import (
     Subject,
     is_low_precision,
     rebuild,
-    scaled,
     structure,
 )
 from netwright.workshop.pace import epoch_seconds
@@ -229,15 +228,6 @@ def test_a_step_that_cannot_be_taken_is_a_failed_outcome(step: Step, words: str,
     assert outcome.error is not None
     with pytest.raises(AssertionError, match=words):
         raise AssertionError(outcome.error)
-
-
-def test_scaled_touches_learning_rates_only() -> None:
-    recipe = Recipe(optimizer_settings={"lr": 0.4, "weight_decay": 0.1}, schedule_settings={"max_lr": 0.8, "x": 3})
-    found = scaled(recipe, 0.25)
-    assert found.optimizer_settings == {"lr": 0.1, "weight_decay": 0.1}
-    assert found.schedule_settings == {"max_lr": 0.2, "x": 3}
-    assert recipe.optimizer_settings["lr"] == 0.4
-    assert scaled(recipe, 1.0) == recipe
 
 
 def test_structure_takes_only_the_structural_steps() -> None:

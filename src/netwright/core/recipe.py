@@ -107,6 +107,21 @@ class Recipe:
         except TypeError as error:
             raise RecipeError(f"Recipe has no such setting: {error}") from error
 
+    def scaled(self, rate: float) -> "Recipe":
+        """The recipe with its learning rates multiplied by ``rate``.
+
+        Example:
+            >>> Recipe().scaled(0.5).optimizer_settings
+            {'lr': 0.001}
+        """
+
+        def changed(settings: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value * rate if name in ("lr", "max_lr") else value for name, value in settings.items()}
+
+        return self.replace(
+            optimizer_settings=changed(self.optimizer_settings), schedule_settings=changed(self.schedule_settings)
+        )
+
     def to_json(self) -> str:
         """The recipe as a JSON object."""
         return json.dumps(dataclasses.asdict(self), indent=2)

@@ -1,5 +1,6 @@
 """One compression or surgery step, and chains of them."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -9,7 +10,7 @@ from torch import nn
 from netwright.core.errors import TransformError
 from netwright.core.task import Task
 
-__all__ = ["Chain", "Progress", "Transform"]
+__all__ = ["Chain", "Progress", "Transform", "is_transform"]
 
 Progress: TypeAlias = Callable[[float, str], None]
 """Called with the finished fraction in [0, 1] and a word on what is going on."""
@@ -43,6 +44,22 @@ class Transform(Protocol):
         ...
 
 
+def is_transform(value: object) -> bool:
+    """Whether ``value`` can be called as a :class:`Transform` is.
+
+    Example:
+        >>> is_transform(nn.ReLU())
+        False
+    """
+    if isinstance(value, type) or not callable(value):
+        return False
+    try:
+        inspect.signature(value).bind(None, None, budget=None, seed=0, progress=None)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, nn.Module)
+
+
 @dataclass(frozen=True)
 class Chain:
     """Several transforms, one after the other; itself a transform.
@@ -63,7 +80,7 @@ class Chain:
         if not self.steps:
             raise TransformError("A Chain needs at least one step.")
         for step in self.steps:
-            if not callable(step):
+            if not is_transform(step):
                 raise TransformError(f"A Chain's steps must be transforms, got {type(step).__name__}.")
 
     def __call__(

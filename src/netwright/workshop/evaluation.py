@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from netwright.core.onnx_export import export_onnx
 from netwright.core.onnx_module import OnnxModule
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
+from netwright.core.zeros import is_sparse
 from netwright.workshop.pace import epoch_seconds
 from netwright.workshop.point import Point, Step
 from netwright.workshop.quiet import QuietRoom
@@ -220,7 +221,7 @@ class Evaluator:
         subject = self._subject
         if model is subject.model:
             model = copy.deepcopy(model)
-        recipe = scaled(subject.recipe, rate).replace(epochs=epochs)
+        recipe = subject.recipe.scaled(rate).replace(epochs=epochs, keep_zeros=is_sparse(model))
         result = fit(model, subject.task, recipe, seed=seed, teacher=subject.teacher, progress=progress, validate=False)
         return result.model, result.history
 
@@ -274,14 +275,3 @@ def rebuild(model: nn.Module, task: Task, outcome: Outcome, folder: Path) -> nn.
 def is_low_precision(step: object) -> bool:
     """Whether a transform changes how numbers are written rather than which units there are."""
     return bool(getattr(step, "low_precision", False))
-
-
-def scaled(recipe: Recipe, rate: float) -> Recipe:
-    """The recipe with its learning rates multiplied by ``rate``."""
-
-    def scale(settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value * rate if name in ("lr", "max_lr") else value for name, value in settings.items()}
-
-    return recipe.replace(
-        optimizer_settings=scale(recipe.optimizer_settings), schedule_settings=scale(recipe.schedule_settings)
-    )

@@ -1,0 +1,201 @@
+"""What came of comparing methods: rows, a table, a figure."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bokeh.embed import file_html
+from bokeh.layouts import row
+from bokeh.models import ColumnDataSource, HoverTool, Range1d
+from bokeh.models.annotations import LabelSet
+from bokeh.models.layouts import LayoutDOM
+from bokeh.plotting import figure
+from bokeh.resources import INLINE
+
+from netwright.core.cost import Cost
+from netwright.core.errors import ArtifactError
+from netwright.core.files import atomic_write
+from netwright.core.timing import Latency, Ratio
+
+__all__ = ["Comparison", "Row"]
+
+_INK, _ACCENT, _SOFT = "#222222", "#0b6e99", "#8a8a8a"
+_HEADS = ("Method", "Val", "Test", "Latency", "Size", "MACs", "Zeros", "Seconds")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method.
+
+    Args:
+        name: what it was called; ``"baseline"`` for the network as it came.
+        error: why it failed, in one line, or None. Everything below is then None.
+        val: score on the validation split.
+        test: score on the test split.
+        cost: what the result costs on this machine.
+        ratio: its latency as a share of the baseline's, measured in turns.
+        zeros: share of the entries of matrices and kernels that are zero.
+        seconds: wall time that the method and the recovery after it took.
+    """
+
+    name: str
+    error: str | None = None
+    val: float | None = None
+    test: float | None = None
+    cost: Cost | None = None
+    ratio: Ratio | None = None
+    zeros: float | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain data."""
+        return {
+            "name": self.name,
+            "error": self.error,
+            "val": self.val,
+            "test": self.test,
+            "cost": None if self.cost is None else self.cost.to_dict(),
+            "ratio": None if self.ratio is None else self.ratio.to_dict(),
+            "zeros": self.zeros,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Row":
+        """The row that :meth:`to_dict` wrote."""
+        cost, ratio = data["cost"], data["ratio"]
+        return cls(
+            data["name"],
+            data["error"],
+            data["val"],
+            data["test"],
+            None if cost is None else _cost(cost),
+            None if ratio is None else Ratio(**ratio),
+            data["zeros"],
+            data["seconds"],
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`netwright.compress.compare` returns.
+
+    Args:
+        task: name of the task.
+        baseline: the network as it came.
+        rows: one for each method, in the order in which they were given.
+    """
+
+    task: str
+    baseline: Row
+    rows: tuple[Row, ...]
+
+    def table(self) -> str:
+        """The rows as text, aligned; latency and size as shares of the baseline's."""
+        lines = [_HEADS, *(_cells(entry, self.baseline) for entry in (self.baseline, *self.rows))]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADS))]
+        text = [
+            "  ".join(
+                cell.ljust(width) if column == 0 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        failed = [f"{entry.name} failed: {entry.error}" for entry in self.rows if entry.error]
+        return "\n".join([*text, *failed])
+
+    def plot(self) -> LayoutDOM:
+        """A Bokeh figure: validation score against measured latency, and against the size of the file."""
+        return row(_panel(self, "latency"), _panel(self, "size"), sizing_mode="stretch_width")
+
+    def save(self, path: str | Path) -> Path:
+        """Write the figure and the table as one HTML file that needs no network.
+
+        Raises:
+            ArtifactError: a path that cannot be written.
+        """
+        page = file_html(self.plot(), INLINE, f"Compression of {self.task}")
+        table = f"<pre style='font:13px/1.5 monospace;margin:2em'>{_escaped(self.table())}</pre></body>"
+        with atomic_write(Path(path), ArtifactError) as place:
+            place.write_text(page.replace("</body>", table), encoding="utf-8")
+        return Path(path)
+
+    def to_json(self) -> str:
+        """Everything as JSON."""
+        rows = [entry.to_dict() for entry in self.rows]
+        return json.dumps({"task": self.task, "baseline": self.baseline.to_dict(), "rows": rows}, indent=1)
+
+
+def _cells(entry: Row, baseline: Row) -> tuple[str, ...]:
+    if entry.cost is None or baseline.cost is None or entry.val is None:
+        return (entry.name, *["-"] * (len(_HEADS) - 1))
+    latency = "1.000x" if entry.ratio is None else f"{entry.ratio.median:.3f}x{'?' if entry.ratio.noisy else ''}"
+    return (
+        entry.name,
+        f"{entry.val:.4f}",
+        "-" if entry.test is None else f"{entry.test:.4f}",
+        latency,
+        f"{entry.cost.size_bytes / baseline.cost.size_bytes:.3f}x",
+        f"{entry.cost.macs / max(baseline.cost.macs, 1):.3f}x",
+        "-" if entry.zeros is None else f"{entry.zeros:.1%}",
+        f"{entry.seconds:.1f}",
+    )
+
+
+def _panel(found: Comparison, axis: str) -> figure:
+    entries = [entry for entry in (found.baseline, *found.rows) if entry.cost is not None]
+    reference = found.baseline.cost
+    assert reference is not None
+    shares = []
+    for entry in entries:
+        assert entry.cost is not None
+        size = entry.cost.size_bytes / reference.size_bytes
+        shares.append(size if axis == "size" else 1.0 if entry.ratio is None else entry.ratio.median)
+    source = ColumnDataSource(
+        {
+            "share": shares,
+            "val": [entry.val for entry in entries],
+            "name": [entry.name for entry in entries],
+            "color": [_SOFT if entry is found.baseline else _ACCENT for entry in entries],
+        }
+    )
+    scores = [entry.val for entry in entries if entry.val is not None]
+    margin = 0.08 * (max(scores) - min(scores)) or 0.01
+    panel = figure(
+        height=380,
+        x_axis_type="log",
+        x_range=Range1d(start=0.8 * min(shares), end=1.7 * max(shares)),
+        x_axis_label=f"{'Latency' if axis == 'latency' else 'Size on disk'} (share of the baseline's)",
+        y_range=Range1d(start=min(scores) - margin, end=max(scores) + 1.5 * margin),
+        y_axis_label="Score on validation",
+        sizing_mode="stretch_width",
+        toolbar_location="above",
+    )
+    dots = panel.scatter("share", "val", color="color", size=10, source=source)
+    panel.add_tools(
+        HoverTool(renderers=[dots], tooltips=[("", "@name"), (axis, "@share{0.000}x"), ("score", "@val{0.0000}")])
+    )
+    labels = LabelSet(x="share", y="val", text="name", x_offset=7, y_offset=5, source=source, text_color=_INK)
+    labels.text_font_size = "11px"
+    panel.add_layout(labels)
+    return panel
+
+
+def _cost(data: Mapping[str, Any]) -> Cost:
+    times = data["latency_ms"]
+    latency = Latency(
+        times["median"],
+        times["p10"],
+        times["p90"],
+        times["batch"],
+        times["threads"],
+        times["runtime"],
+        times["repeats"],
+    )
+    return Cost(latency, data["memory_bytes"], data["size_bytes"], data["macs"], data["parameters"])
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

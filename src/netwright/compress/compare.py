@@ -1,0 +1,288 @@
+"""Several methods on one task, side by side, measured."""
+
+import copy
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from netwright.compress._comparison import Comparison, Row
+from netwright.core.artifact import load_weights, save_program, save_weights
+from netwright.core.check import check_task
+from netwright.core.console import ConsoleProgress
+from netwright.core.cost import compare_onnx, measure_onnx
+from netwright.core.errors import NetwrightError, RunDirectoryError, TransformError
+from netwright.core.evaluate import evaluate
+from netwright.core.fit import fit
+from netwright.core.graph.export import export_model
+from netwright.core.onnx_export import export_onnx
+from netwright.core.onnx_module import OnnxModule
+from netwright.core.recipe import Recipe
+from netwright.core.rundir import RunDirectory
+from netwright.core.task import Task
+from netwright.core.transform import Chain, Progress, Transform, is_transform
+from netwright.core.zeros import is_sparse
+
+__all__ = ["compare", "described"]
+
+_LOG, _RESULT, _PAGE = "compressions.jsonl", "comparison.json", "comparison.html"
+_RECOVERY = 0.5  # of the recipe's epochs
+_QUANTIZED_RATE = 0.25  # of the learning rate, where low precision is simulated
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """One comparison in progress."""
+
+    task: Task
+    run: RunDirectory
+    model: nn.Module
+    epochs: float
+    seed: int
+    batch: int
+    threads: int
+    seconds: float
+
+
+def compare(
+    task: Task,
+    methods: Mapping[str, Transform],
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    epochs: float | None = None,
+    seed: int = 0,
+    batch: int = 1,
+    threads: int = 1,
+    seconds: float = 1.0,
+    console: bool = True,
+) -> Comparison:
+    """Compress one network by several methods with equal training, and measure what comes of each.
+
+    The network is trained by the task's recipe, unless the task brings it trained. Each method starts from it and may
+    spend ``epochs`` of training: a method that trains by itself gets them as its budget, after any other the result
+    is trained that long with the network as its teacher, zeros of single weights held. Then it is exported, scored and
+    timed in turns with the baseline. A method that fails is a row with its reason, and the others go on.
+
+    Args:
+        task: data, loss, score and network.
+        methods: transforms by the name that they have in the table.
+        out: folder for ``comparison.json``, ``comparison.html`` and ``NAME.onnx``, ``NAME.pt2`` and
+            ``NAME.safetensors`` of each method; None keeps nothing.
+        resume: go on with the comparison that lies in ``out``; nothing finished is done again.
+        epochs: training for each method; None is half of the recipe's.
+        seed: source of weights, batches and every method's randomness.
+        batch: items in a timed call.
+        threads: threads of the runtime.
+        seconds: length of one measurement.
+        console: show progress on standard error.
+
+    Returns:
+        Rows, with a ``table()``, a ``plot()`` and ``save(path)``.
+
+    Raises:
+        TransformError: no methods, a name that is no file name, or something that is not a transform.
+        RunDirectoryError: ``out`` holds something else, or with ``resume`` another comparison.
+        TaskError: a task that cannot be trained or scored.
+
+    Example:
+        >>> from netwright.compress import Prune
+        >>> from netwright.core.task import load_task
+        >>> task = dataclasses.replace(load_task("breast-cancer"), recipe=Recipe(epochs=2))
+        >>> found = compare(task, {"half": Prune(0.5)}, seconds=0.05, console=False)
+        >>> [entry.name for entry in found.rows], found.rows[0].error
+        (['half'], None)
+
+    Cost: the training of the network once; for each method its own work, ``epochs`` of training, one export and about
+    two seconds of timing.
+    """
+    _check(methods, epochs, resume, out)
+    check_task(task)
+    recipe = task.recipe or Recipe()
+    spent = _RECOVERY * recipe.epochs if epochs is None else float(epochs)
+    settings = {
+        "task": task.name,
+        "items": len(task.data.train),
+        "methods": {name: described(method) for name, method in methods.items()},
+        "epochs": spent,
+        "seed": seed,
+        "batch": batch,
+        "threads": threads,
+        "recipe": json.loads(recipe.to_json()),
+    }
+    with tempfile.TemporaryDirectory(prefix="netwright-") if out is None else nullcontext(str(out)) as folder:
+        run = RunDirectory(Path(folder))
+        if resume:
+            run.check_old()
+            if run.settings != json.loads(json.dumps(settings)):
+                raise RunDirectoryError(
+                    f"{out} holds a comparison with other settings. Repeat its own, or give another folder."
+                )
+            run.open()
+        else:
+            run.create(settings)
+        with run:
+            model, baseline = _baseline(task, run, recipe, seed, batch, threads, seconds, console)
+            work = _Work(task, run, model, spent, seed, batch, threads, seconds)
+            done = {row["name"]: Row.from_dict(row) for row in run.lines(_LOG)}
+            for position, (name, method) in enumerate(methods.items(), start=1):
+                if name not in done:
+                    with _bar(f"{name} ({position} of {len(methods)})", console) as progress:
+                        done[name] = _row(work, name, method, progress)
+                    run.append(_LOG, done[name].to_dict())
+            found = Comparison(task.name, baseline, tuple(done[name] for name in methods))
+            run.write(_RESULT, json.loads(found.to_json()))
+            found.save(run.path / _PAGE)
+            return found
+
+
+def described(method: Transform) -> dict[str, Any]:
+    """A transform as plain data: import path and settings; a chain with its steps."""
+    path = f"{type(method).__module__}:{type(method).__qualname__}"
+    if isinstance(method, Chain):
+        return {"method": path, "steps": [described(step) for step in method.steps]}
+    settings: dict[str, Any] = {}
+    if dataclasses.is_dataclass(method) and not isinstance(method, type):
+        settings = dataclasses.asdict(method)
+    return {"method": path, "settings": settings}
+
+
+def _check(methods: Mapping[str, Transform], epochs: float | None, resume: bool, out: object) -> None:
+    if not methods:
+        raise TransformError("compare() needs at least one method.")
+    for name, method in methods.items():
+        if not name or name == "baseline" or Path(name).name != name or name.startswith("."):
+            raise TransformError(f"compare(): {name!r} cannot be a method's name, for files are named after it.")
+        if not is_transform(method):
+            raise TransformError(f"compare(): {name!r} must be a transform such as Prune(0.5), got {method!r}.")
+    if epochs is not None and not (isinstance(epochs, int | float) and 0 <= epochs < float("inf")):
+        raise TransformError(f"compare(): epochs must be a number of at least 0, got {epochs!r}.")
+    if resume and out is None:
+        raise RunDirectoryError("compare(resume=True) needs the folder of the comparison: give out=.")
+
+
+def _bar(label: str, console: bool) -> Any:
+    return _Silent() if not console else _Shown(label)
+
+
+class _Silent:
+    """No progress shown."""
+
+    def __enter__(self) -> Progress:
+        return lambda fraction, what: None
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _Shown:
+    """Progress on standard error."""
+
+    def __init__(self, label: str) -> None:
+        self._progress = ConsoleProgress(label)
+
+    def __enter__(self) -> Progress:
+        return self._progress.__enter__().update
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.__exit__(*error)
+
+
+def _baseline(
+    task: Task, run: RunDirectory, recipe: Recipe, seed: int, batch: int, threads: int, seconds: float, console: bool
+) -> tuple[nn.Module, Row]:
+    model = copy.deepcopy(task.build(seed))
+    weights, artifact, record = run.path / "baseline.safetensors", run.path / "baseline.onnx", "baseline.json"
+    if not run.has(record):
+        start = time.perf_counter()
+        if not task.trained:
+            checkpoint = run.path / "baseline.checkpoint"
+            with _bar("training the baseline", console) as progress:
+                model = fit(
+                    model, task, recipe, seed=seed, progress=progress, validate=False, checkpoint=checkpoint
+                ).model
+            checkpoint.unlink(missing_ok=True)
+        run.save(weights.name, lambda path: save_weights(model, path))
+        program = export_model(model, task.example(2))
+        run.save(artifact.name, lambda path: export_onnx(program, task.example(2), path))
+        scores = _scores(artifact, model, task)
+        example = task.example(batch)
+        cost = measure_onnx(artifact, example, program, batch=batch, threads=threads, seconds=seconds / 2)
+        took = time.perf_counter() - start
+        run.write(record, Row("baseline", None, *scores, cost, None, _zeros(model), took).to_dict())
+    load_weights(model, weights)
+    return model.eval(), Row.from_dict(run.read(record, "val", "cost"))
+
+
+def _row(work: _Work, name: str, method: Transform, progress: Progress) -> Row:
+    start = time.perf_counter()
+    try:
+        model = _compress(work, method, progress)
+        took = time.perf_counter() - start
+        return dataclasses.replace(_measured(work, name, model), seconds=took)
+    except NetwrightError as error:
+        reason = f"{type(error).__name__}: {error}"
+    except Exception as error:  # a method of the user's own may raise anything; the others go on
+        reason = f"{type(error).__name__}: {error}"
+    return Row(name, " ".join(reason.split())[:500], seconds=time.perf_counter() - start)
+
+
+def _compress(work: _Work, method: Transform, progress: Progress) -> nn.Module:
+    """Apply the method, and train as long as it has not done so itself."""
+    steps: Sequence[Transform] = method.steps if isinstance(method, Chain) else (method,)
+    own = any(getattr(step, "trains", False) for step in steps)
+    alone = own or work.epochs == 0
+    model = method(
+        work.model,
+        work.task,
+        budget=work.epochs if own else 0.0,
+        seed=work.seed,
+        progress=lambda fraction, what: progress(fraction * (1.0 if alone else 0.3), what),
+    )
+    if alone:
+        return model
+    recipe = (work.task.recipe or Recipe()).replace(epochs=work.epochs, keep_zeros=is_sparse(model))
+    if any(getattr(step, "low_precision", False) for step in steps):
+        recipe = recipe.scaled(_QUANTIZED_RATE)
+    return fit(
+        model,
+        work.task,
+        recipe,
+        seed=work.seed,
+        teacher=work.model,
+        validate=False,
+        progress=lambda fraction, what: progress(0.3 + 0.7 * fraction, what),
+    ).model
+
+
+def _measured(work: _Work, name: str, model: nn.Module) -> Row:
+    task, run = work.task, work.run
+    program = export_model(model, task.example(2))
+    artifact = run.save(f"{name}.onnx", lambda path: export_onnx(program, task.example(2), path))
+    run.save(f"{name}.safetensors", lambda path: save_weights(model, path))
+    run.save(f"{name}.pt2", lambda path: save_program(model, task.example(2), path))
+    scores = _scores(artifact, model, task)
+    example = task.example(work.batch)
+    batch, threads, seconds = work.batch, work.threads, work.seconds
+    cost = measure_onnx(artifact, example, program, batch=batch, threads=threads, seconds=seconds / 2)
+    ratio = compare_onnx(artifact, run.path / "baseline.onnx", example, batch=batch, threads=threads, seconds=seconds)
+    return Row(name, None, *scores, cost, ratio, _zeros(model))
+
+
+def _scores(artifact: Path, model: nn.Module, task: Task) -> tuple[float, float]:
+    """On validation and test, of the file that is handed over."""
+    judged = model if task.evaluate is not None else OnnxModule(artifact)
+    return evaluate(judged, task, "val"), evaluate(judged, task, "test")
+
+
+def _zeros(model: nn.Module) -> float:
+    weights = [value.detach() for value in model.parameters() if value.ndim > 1]
+    count = sum(value.numel() for value in weights)
+    return float(sum(torch.count_nonzero(value == 0) for value in weights)) / max(count, 1)

@@ -1,0 +1,167 @@
+"""Methods side by side: what the rows say, what a crash leaves, what is refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from netwright.compress import Comparison, Int8, Prune, Row, compare, described
+from netwright.core.artifact import OnnxModule
+from netwright.core.cost import measure
+from netwright.core.errors import RunDirectoryError, TransformError
+from netwright.core.evaluate import evaluate
+from netwright.core.recipe import Recipe
+from netwright.core.task import Task, load_task
+from netwright.core.transform import Chain
+
+
+@dataclasses.dataclass(frozen=True)
+class Thin:
+    """Sets the smallest weights to zero; remembers how it was called."""
+
+    share: float = 0.9
+    trains: bool = False
+
+    def __call__(self, model, task, *, budget=None, seed=0, progress=None):
+        CALLS.append((self.share, budget))
+        made = type(model)(*(nn.Linear(layer.in_features, layer.out_features) if isinstance(layer, nn.Linear)
+                             else nn.ReLU() for layer in model))  # fmt: skip
+        made.load_state_dict(model.state_dict())
+        for value in made.parameters():
+            if value.ndim > 1:
+                value.data[value.abs() <= value.abs().quantile(self.share)] = 0.0
+        return made.eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """Fails."""
+
+    def __call__(self, model, task, *, budget=None, seed=0, progress=None):
+        raise ZeroDivisionError("no such luck")
+
+
+CALLS: list[tuple[float, float | None]] = []
+
+
+def task() -> Task:
+    base = load_task("breast-cancer")
+    network = nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 2))
+    return dataclasses.replace(base, model=lambda: type(network)(*map(_fresh, network)), recipe=Recipe(epochs=4))
+
+
+def _fresh(layer: nn.Module) -> nn.Module:
+    return nn.Linear(layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else nn.ReLU()
+
+
+def run(methods, out=None, **more) -> Comparison:
+    return compare(task(), methods, out=out, seconds=0.05, console=False, **more)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+    out = tmp_path_factory.mktemp("compare") / "run"
+    CALLS.clear()
+    methods = {"half": Prune(0.5), "thin": Thin(), "broken": Broken(), "both": Chain([Prune(0.5), Int8()])}
+    return run(methods, out, epochs=1), out
+
+
+def test_rows_say_what_the_files_are(finished: tuple[Comparison, Path]) -> None:
+    found, out = finished
+    assert [entry.name for entry in found.rows] == ["half", "thin", "broken", "both"]
+    for entry in (found.baseline, *found.rows):
+        if entry.error:
+            continue
+        model = OnnxModule(out / f"{entry.name}.onnx")
+        assert entry.val == pytest.approx(evaluate(model, task(), "val"))
+        assert entry.test == pytest.approx(evaluate(model, task(), "test"))
+        assert entry.cost is not None
+        assert entry.cost.size_bytes == (out / f"{entry.name}.onnx").stat().st_size
+    half = found.rows[0].cost
+    assert half is not None
+    smaller = nn.Sequential(nn.Linear(30, 32), nn.ReLU(), nn.Linear(32, 2))
+    assert half.parameters == measure(smaller, torch.zeros(1, 30), repeats=2).parameters
+
+
+def test_zeros_are_held_in_recovery_and_stored_as_such(finished: tuple[Comparison, Path]) -> None:
+    found, out = finished
+    thin = found.rows[1]
+    assert thin.zeros is not None
+    assert thin.zeros == pytest.approx(0.9, abs=0.02)
+    assert (out / "thin.onnx").stat().st_size < 0.7 * (out / "baseline.onnx").stat().st_size
+    program = torch.export.load(out / "thin.pt2").module()
+    assert float((dict(program.named_parameters())["0.weight"] == 0).double().mean()) > 0.85
+
+
+def test_a_method_that_fails_is_a_row(finished: tuple[Comparison, Path]) -> None:
+    broken = finished[0].rows[2]
+    assert broken.error == "ZeroDivisionError: no such luck"
+    assert broken.cost is None
+    assert "broken failed: ZeroDivisionError: no such luck" in finished[0].table()
+
+
+def test_the_files_hold_the_comparison(finished: tuple[Comparison, Path]) -> None:
+    found, out = finished
+    content = json.loads((out / "comparison.json").read_text())
+    assert Comparison(content["task"], Row.from_dict(content["baseline"]), tuple(map(Row.from_dict, content["rows"])))
+    assert tuple(map(Row.from_dict, content["rows"])) == found.rows
+    page = (out / "comparison.html").read_text()
+    assert "half" in page
+    assert "<script src=" not in page
+    assert "<link" not in page.split("<body>")[0]
+
+
+def test_resume_does_nothing_twice(finished: tuple[Comparison, Path], tmp_path: Path) -> None:
+    methods = {"thin": Thin(), "half": Prune(0.5)}
+    CALLS.clear()
+    first = run(methods, tmp_path / "run", epochs=1)
+    log = tmp_path / "run" / "compressions.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(lines[0] + lines[1][:20])  # as a crash in the second line leaves it
+    again = run(methods, tmp_path / "run", epochs=1, resume=True)
+    assert CALLS == [(0.9, 0.0)]
+    assert again.rows[0] == first.rows[0]
+    assert again.rows[1].val == first.rows[1].val
+    with pytest.raises(RunDirectoryError, match="other settings"):
+        run(methods, tmp_path / "run", epochs=2, resume=True)
+
+
+def test_a_method_that_trains_gets_the_budget_and_no_recovery() -> None:
+    CALLS.clear()
+    found = run({"own": Thin(trains=True)}, epochs=2)
+    assert CALLS == [(0.9, 2.0)]
+    again = run({"own": Thin(trains=True)}, epochs=0)
+    assert found.rows[0].val == again.rows[0].val
+
+
+def test_described() -> None:
+    plain = described(Chain([Prune(0.5), Int8()]))
+    assert plain["method"] == "netwright.core.transform:Chain"
+    assert [step["method"] for step in plain["steps"]] == [
+        "netwright.compress.prune:Prune",
+        "netwright.compress.quantize:Int8",
+    ]
+    assert plain["steps"][0]["settings"]["ratios"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("methods", "more", "said"),
+    [
+        ({}, {}, "at least one method"),
+        ({"a/b": Thin()}, {}, "'a/b' cannot be a method's name"),
+        ({"baseline": Thin()}, {}, "'baseline' cannot be"),
+        ({"a": Prune}, {}, "'a' must be a transform such as Prune"),
+        ({"a": Thin()}, {"epochs": -1}, "epochs must be a number of at least 0, got -1"),
+    ],
+)
+def test_refused(methods, more, said) -> None:
+    with pytest.raises(TransformError, match=said):
+        run(methods, **more)
+
+
+def test_resume_needs_a_folder() -> None:
+    with pytest.raises(RunDirectoryError, match="give out="):
+        run({"a": Thin()}, resume=True)
