@@ -21,6 +21,7 @@ from netwright.core.fit import fit
 from netwright.core.recipe import Recipe
 from netwright.core.score import r2
 from netwright.core.task import Task
+from netwright.optim import AGVM, module_groups
 
 HERE = __name__
 STEPS = 12
@@ -303,3 +304,38 @@ def test_a_penalty_is_added_to_the_loss() -> None:
 def test_what_cannot_be_is_said(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         trained(**changes)
+
+
+def test_an_optimizer_that_observes_sees_two_halves() -> None:
+    inputs, targets = torch.randn(12, 3), torch.randn(12, 1)
+    data = Data(
+        TensorDataset(inputs, targets), TensorDataset(inputs[:3], targets[:3]), TensorDataset(inputs[3:6], targets[3:6])
+    )
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    task = Task("halves", lambda: copy.deepcopy(model), data, functional.mse_loss, r2)
+    plain = Recipe(optimizer="torch.optim:SGD", optimizer_settings={"lr": 0.1}, schedule=None, batch_size=7, epochs=6)
+    settings = {"base_settings": {"lr": 0.1}, "first": ["2"], "interval": 2, "momentum": 0.5}
+    recipe = plain.replace(optimizer="netwright.optim:AGVM.over", optimizer_settings=settings)
+
+    whole = fit(task.build(), task, plain, seed=3, validate=False).model
+    idle = recipe.replace(optimizer_settings={**settings, "start": 1000})
+    unscaled = fit(task.build(), task, idle, seed=3, validate=False).model
+    for one, two in zip(whole.parameters(), unscaled.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+    found = fit(task.build(), task, recipe, seed=3, validate=False).model
+    hand = copy.deepcopy(model)
+    groups = module_groups(hand, "2")
+    optimizer = AGVM(torch.optim.SGD(groups, lr=0.1), interval=2, momentum=0.5)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(6):
+        batch = torch.randperm(12, generator=generator)[:7]
+        optimizer.zero_grad()
+        for half in (batch[:4], batch[4:]):
+            loss = functional.mse_loss(hand(inputs[half]), targets[half]) * len(half) / 7
+            loss.backward()
+            optimizer.observe()
+        optimizer.step()
+    assert optimizer.scales[1] != 1.0
+    for one, two in zip(hand.parameters(), found.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)

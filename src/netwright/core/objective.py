@@ -12,6 +12,7 @@ from netwright.core.data import Inputs
 from netwright.core.errors import NonFiniteLossError, RecipeError, TaskError
 from netwright.core.losses import task_loss, teacher_loss
 from netwright.core.optimization import closure_kind, make_clip, make_penalty
+from netwright.core.outputs import take_items
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.teacher import forward
@@ -44,6 +45,7 @@ class Objective:
         self._model, self._task, self._recipe, self._optimizer = model, task, recipe, optimizer
         self._kind = closure_kind(optimizer)
         self._before = before
+        self._observe: Callable[[], None] | None = getattr(optimizer, "observe", None)
         self.clip: Any = make_clip(recipe)
         self._penalty = make_penalty(recipe, model)
         if self.clip is not None and self._kind in ("graph", "outputs"):
@@ -67,14 +69,18 @@ class Objective:
         def closure() -> Any:
             if self._kind not in ("graph", "outputs"):
                 self._optimizer.zero_grad()
-            output = forward(self._model, self._task, inputs, self._recipe)
-            loss = self._loss(output, targets, goal)
-            seen.append(self._checked(loss, where))
-            if self._kind == "graph":
-                return loss
-            if self._kind == "outputs":
-                return loss, self._single(output)
-            torch.autograd.backward(loss)
+            if self._observe is not None and len(targets) > 1:
+                loss = self._in_halves(inputs, targets, goal, where)
+                seen.append(float(loss))
+            else:
+                output = forward(self._model, self._task, inputs, self._recipe)
+                loss = self._loss(output, targets, goal)
+                seen.append(self._checked(loss, where))
+                if self._kind == "graph":
+                    return loss
+                if self._kind == "outputs":
+                    return loss, self._single(output)
+                torch.autograd.backward(loss)
             if self.clip is not None:
                 self.clip(self._model.parameters())
             if self._before is not None:
@@ -82,6 +88,20 @@ class Objective:
             return loss
 
         return closure, seen
+
+    def _in_halves(self, inputs: Inputs, targets: Tensor, goal: Any, where: str) -> Tensor:
+        """Backward passes of both halves of a batch, of which the optimizer sees the first by itself."""
+        assert self._observe is not None
+        total = torch.zeros((), device=targets.device)
+        for index in torch.arange(len(targets), device=targets.device).tensor_split(2):
+            output = forward(self._model, self._task, take_items(inputs, index), self._recipe)
+            part = None if goal is None else take_items(goal, index)
+            loss = self._loss(output, targets[index], part) * (len(index) / len(targets))
+            self._checked(loss, where)
+            torch.autograd.backward(loss)
+            self._observe()
+            total += loss.detach()
+        return total
 
     def _loss(self, output: Any, targets: Tensor, goal: Any) -> Tensor:
         loss = task_loss(self._task, output, targets)

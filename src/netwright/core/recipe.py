@@ -22,7 +22,8 @@ class Recipe:
 
     Args:
         optimizer: import path of a ``torch.optim.Optimizer``. One whose signature has a parameter ``model`` is given
-            the model; one with an attribute ``closure_kind`` is given the closure that it asks for.
+            the model; one with an attribute ``closure_kind`` is given the closure that it asks for; one with a method
+            ``observe`` is shown every batch in two halves, and called after the backward pass of each.
         optimizer_settings: its keyword arguments.
         schedule: import path of an ``LRScheduler`` stepped once per iteration, or None. Its
             arguments ``total_steps``, ``T_max`` and ``total_iters`` are filled in with the number

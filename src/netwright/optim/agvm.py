@@ -1,7 +1,7 @@
 """AGVM: the learning rates of a network's modules, balanced by the noise in their gradients."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netwright.core.errors import GradientError, SettingError, StateDictError
+from netwright.core.recipe import resolve
 from netwright.optim._base import Group, check_number
+from netwright.optim._modules import module_groups
 from netwright.optim._wrap import Wrapper
 
 __all__ = ["AGVM", "module_groups"]
@@ -32,38 +34,6 @@ def _dissimilarity(first: list[Tensor], second: list[Tensor]) -> float:
 def _ratio(reference: float, own: float, low: float, high: float) -> float:
     """``sqrt(clamp((phi_r + 1e-6) / (phi_i + 1e-6), low, high))``."""
     return math.sqrt(min(max((reference + _TINY) / (own + _TINY), low), high))
-
-
-def module_groups(model: nn.Module, *first: str) -> list[Group]:
-    """Parameter groups for :class:`AGVM`, one for each child module that has parameters.
-
-    Args:
-        model: whose direct children are the modules; parameters of its own make a last group.
-        first: names of children to put first, the reference before all; the others follow in their order.
-
-    Raises:
-        SettingError: a name that is no child.
-
-    Example:
-        >>> model = nn.ModuleDict({"head": nn.Linear(2, 2), "backbone": nn.Linear(2, 2)})
-        >>> [group["name"] for group in module_groups(model, "backbone")]
-        ['backbone', 'head']
-    """
-    children = dict(model.named_children())
-    unknown = [name for name in first if name not in children]
-    if unknown:
-        raise SettingError(f"module_groups: no child {', '.join(unknown)}; there are {', '.join(children) or 'none'}.")
-    ordered = [*first, *(name for name in children if name not in first)]
-    parts = [(name, list(children[name].parameters())) for name in ordered]
-    parts.append(("", list(model.parameters(recurse=False))))
-    seen: set[nn.Parameter] = set()
-    groups: list[Group] = []
-    for name, params in parts:
-        own = [param for param in params if param not in seen]
-        seen.update(own)
-        if own:
-            groups.append({"params": own, "name": name})
-    return groups
 
 
 class AGVM(Wrapper):
@@ -161,6 +131,37 @@ class AGVM(Wrapper):
         self._scales = [1.0] * len(optimizer.param_groups)
         self._half: list[list[Tensor | None]] | None = None
         self._measured = False
+
+    @classmethod
+    def over(
+        cls,
+        params: Iterable[nn.Parameter],
+        model: nn.Module,
+        base: str | Callable[..., Optimizer] = "torch.optim:SGD",
+        base_settings: Mapping[str, Any] | None = None,
+        *,
+        first: Sequence[str] = (),
+        **settings: Any,
+    ) -> "AGVM":
+        """AGVM over an optimizer that is made here; what a recipe names as ``netwright.optim:AGVM.over``.
+
+        The training loop then shows each batch in two halves.
+
+        Args:
+            params: the parameters to move; those of the model that are not among them stay.
+            model: whose children are the modules, see :func:`module_groups`.
+            base: makes the inner optimizer: a class, or its import path.
+            base_settings: its keyword arguments.
+            first: names of children to put first, the reference before all.
+            settings: those of :class:`AGVM`.
+        """
+        wanted = set(params)
+        groups = [
+            {**group, "params": [param for param in group["params"] if param in wanted]}
+            for group in module_groups(model, *first)
+        ]
+        factory: Callable[..., Optimizer] = resolve(base) if isinstance(base, str) else base
+        return cls(factory([group for group in groups if group["params"]], **(base_settings or {})), **settings)
 
     @property
     def scales(self) -> tuple[float, ...]:
