@@ -17,7 +17,7 @@ from bokeh.resources import INLINE
 from netwright.core.cost import Cost
 from netwright.core.errors import ArtifactError
 from netwright.core.files import atomic_write
-from netwright.core.timing import Latency, Ratio
+from netwright.core.timing import Ratio
 
 __all__ = ["Comparison", "Row"]
 
@@ -71,7 +71,7 @@ class Row:
             data["error"],
             data["val"],
             data["test"],
-            None if cost is None else _cost(cost),
+            None if cost is None else Cost.from_dict(cost),
             None if ratio is None else Ratio(**ratio),
             data["zeros"],
             data["seconds"],
@@ -181,20 +181,6 @@ def _panel(found: Comparison, axis: str) -> figure:
     labels.text_font_size = "11px"
     panel.add_layout(labels)
     return panel
-
-
-def _cost(data: Mapping[str, Any]) -> Cost:
-    times = data["latency_ms"]
-    latency = Latency(
-        times["median"],
-        times["p10"],
-        times["p90"],
-        times["batch"],
-        times["threads"],
-        times["runtime"],
-        times["repeats"],
-    )
-    return Cost(latency, data["memory_bytes"], data["size_bytes"], data["macs"], data["parameters"])
 
 
 def _escaped(text: str) -> str:

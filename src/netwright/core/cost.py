@@ -55,6 +55,12 @@ class Cost:
             "parameters": self.parameters,
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Cost":
+        """The cost that :meth:`to_dict` wrote; other keys are passed over."""
+        latency = Latency.from_dict(data["latency_ms"])
+        return cls(latency, data["memory_bytes"], data["size_bytes"], data["macs"], data["parameters"])
+
 
 def measure(
     model: nn.Module,

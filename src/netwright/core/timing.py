@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +49,12 @@ class Latency:
             "runtime": self.runtime,
             "repeats": self.repeats,
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Latency":
+        """The latency that :meth:`to_dict` wrote."""
+        times = (data["median"], data["p10"], data["p90"])
+        return cls(*times, data["batch"], data["threads"], data["runtime"], data["repeats"])
 
 
 @dataclass(frozen=True)

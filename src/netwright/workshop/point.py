@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from netwright.core.cost import Cost, Latency, Ratio
+from netwright.core.cost import Cost, Ratio
 from netwright.core.recipe import resolve
 from netwright.core.transform import Transform
 from netwright.workshop.target import METRICS, metric_of
@@ -70,22 +70,12 @@ class Point:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Point":
         """The point that :meth:`to_dict` wrote."""
-        times = data["latency_ms"]
-        latency = Latency(
-            times["median"],
-            times["p10"],
-            times["p90"],
-            times["batch"],
-            times["threads"],
-            times["runtime"],
-            times["repeats"],
-        )
         score, ratio = data["score"], data.get("latency_ratio")
         interval = score["test_ci95"]
         return cls(
             steps=tuple(Step(step["method"], step["settings"]) for step in data["steps"]),
             val=score["val"],
-            cost=Cost(latency, data["memory_bytes"], data["size_bytes"], data["macs"], data["parameters"]),
+            cost=Cost.from_dict(data),
             latency_ratio=None if ratio is None else Ratio(**ratio),
             test=score["test"],
             test_ci95=None if interval is None else (interval[0], interval[1]),
