@@ -7,7 +7,7 @@ from typing import Any, Literal
 from netwright.core.console import ConsoleProgress
 from netwright.core.task import Task
 from netwright.report import write_report
-from netwright.workshop import Job, Measuring, parse_budget, parse_keep, parse_targets, run_job
+from netwright.workshop import Job, Measuring, parse_budget, parse_keep, parse_steps, parse_targets, run_job
 
 __all__ = ["optimize"]
 
@@ -26,6 +26,7 @@ def optimize(
     seed: int = 0,
     batch: int = 1,
     threads: int = 1,
+    steps: str | Sequence[str] | None = None,
     command: str = "",
 ) -> dict[str, Any]:
     """Make a network faster and smaller: a task and a target in, a front, a model and a report out.
@@ -48,6 +49,8 @@ def optimize(
         seed: source of all randomness.
         batch: items in a measured call.
         threads: threads of a measured call.
+        steps: what may be done to the network, such as ``"prune,int8"``; by default everything in
+            :data:`netwright.workshop.STEPS`.
         command: the command that repeats the run, for the report.
 
     Returns:
@@ -69,6 +72,7 @@ def optimize(
         workers=workers,
         evaluations=evaluations,
         measuring=Measuring(batch=batch, threads=threads),
+        steps=parse_steps(steps),
         command=command,
     )
     with ConsoleProgress(f"optimize {name}") as progress:

@@ -225,3 +225,12 @@ def test_replay_refuses_what_is_no_recipe(finished: Path, tmp_path: Path) -> Non
     with pytest.raises(CorruptRunError, match="it lacks"):
         replay(finished / "layers.json", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_only_the_named_steps_are_taken(tmp_path: Path) -> None:
+    result = run_job(job(tmp_path / "run", evaluations=2, steps=("prune",)))
+    taken = {step["method"] for point in result["front"] for step in point["steps"]}
+    assert taken <= {"netwright.compress:Prune"}
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["int8"] is None
+    assert all("int8" not in line["params"] for line in lines(tmp_path / "run"))
+    assert len(lines(tmp_path / "run")) == 2

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netwright.compress import Prune
+from netwright.core.errors import TargetError
 from netwright.workshop.point import key
-from netwright.workshop.space import Space
+from netwright.workshop.space import STEPS, Space, parse_steps
 
 GROUPS = st.lists(st.integers(1, 200), min_size=1, max_size=5).map(
     lambda sizes: tuple((f"layer{number}", size) for number, size in enumerate(sizes))
@@ -99,3 +100,13 @@ def test_offsets_move_one_group_only() -> None:
     space = Space((("a", 100), ("b", 100)), None)
     (step,) = space.steps({"keep": 0.5, "offset/a": -1.0, "offset/b": 0.5})
     assert step.settings["ratios"] == pytest.approx({"a": 0.75, "b": 1 - 0.71})
+
+
+def test_steps_are_named_in_any_order() -> None:
+    assert parse_steps(None) is None
+    assert parse_steps(" int8 , prune") == STEPS[:2]
+    assert parse_steps(["prune"]) == ("prune",)
+    with pytest.raises(TargetError, match="'prun' is no step of optimize"):
+        parse_steps("prun")
+    with pytest.raises(TargetError, match="No step is named"):
+        parse_steps([])

@@ -13,7 +13,7 @@ from rich.console import Console
 from netwright.cli.app import app
 from netwright.face import optimize
 from netwright.report import read_run, summary_table
-from netwright.workshop import Job, dry_run, parse_budget, parse_keep, parse_targets
+from netwright.workshop import STEPS, Job, dry_run, parse_budget, parse_keep, parse_steps, parse_targets
 
 __all__ = ["Engine", "optimize_command"]
 
@@ -42,6 +42,9 @@ def optimize_command(
     seed: Annotated[int, typer.Option(min=0, help="Source of all randomness.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Items in a measured call.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a measured call.")] = 1,
+    steps: Annotated[
+        str | None, typer.Option(help=f"What may be done, of {', '.join(STEPS)}. Default: all.", show_default=False)
+    ] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its time, and end.")] = False,
 ) -> None:
     """Make a network faster and smaller, and hand back a front, a model and a report.
@@ -53,7 +56,8 @@ def optimize_command(
     console = Console()
     if dry:
         limits, floor, seconds = parse_targets(target), parse_keep(keep), parse_budget(budget)
-        job = Job(task, limits, floor, seconds, place, seed, engine.value, workers, evaluations)
+        allowed = parse_steps(steps)
+        job = Job(task, limits, floor, seconds, place, seed, engine.value, workers, evaluations, steps=allowed)
         for line in dry_run(job, resume=resume):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
@@ -71,6 +75,7 @@ def optimize_command(
         seed=seed,
         batch=batch,
         threads=threads,
+        steps=steps,
         command=shlex.join(["netwright", *(word for word in sys.argv[1:] if word != "--resume")]),
     )
     if result["status"] == "interrupted":

@@ -7,11 +7,13 @@ from netwright.workshop.job import Job
 from netwright.workshop.point import Point, Step
 from netwright.workshop.replay import replay
 from netwright.workshop.run import run_job
+from netwright.workshop.space import STEPS, parse_steps
 from netwright.workshop.target import Keep, Limit, parse_budget, parse_keep, parse_targets
 from netwright.workshop.training import train
 from netwright.workshop.training_settings import Entry, change_recipe, training_entries
 
 __all__ = [
+    "STEPS",
     "Engine",
     "Entry",
     "Job",
@@ -24,6 +26,7 @@ __all__ = [
     "dry_run",
     "parse_budget",
     "parse_keep",
+    "parse_steps",
     "parse_targets",
     "replay",
     "run_job",

@@ -6,7 +6,7 @@ from netwright.core.rundir import RunDirectory
 from netwright.workshop.job import Job
 from netwright.workshop.plan import default_workers, prunable
 from netwright.workshop.run import prepare
-from netwright.workshop.space import Space
+from netwright.workshop.space import STEPS, Space
 
 __all__ = ["dry_run"]
 
@@ -25,7 +25,8 @@ def dry_run(job: Job, *, resume: bool = False) -> list[str]:
     run.check_old() if resume else run.check_new()
     task, graph = prepare(job)
     groups = prunable(graph)
-    space = Space(groups, {})
+    steps = job.steps or STEPS
+    space = Space(groups if "prune" in steps else (), {} if "int8" in steps else None)
     recipe = task.recipe or Recipe()
     heads = sum(group.kind == "heads" for group in graph.groups)
     training = "comes trained" if task.trained else f"is trained for {recipe.epochs:g} epochs"
@@ -40,7 +41,7 @@ def dry_run(job: Job, *, resume: bool = False) -> list[str]:
             for group in graph.groups
         ),
         *(f"  left alone: {entry.name}, stopped by {entry.operation}: {entry.reason}" for entry in graph.blocked),
-        f"Space: structured pruning by group and int8 or not, about 10^{space.size():.0f} proposals.",
+        f"Space: {', '.join(steps)}; about 10^{space.size():.0f} proposals.",
         "Target: " + ", ".join(f"{limit.metric}{limit.text}" for limit in job.limits) + f"; keep score{job.keep.text}.",
         f"Time: at most about {job.budget:.0f} s, on {job.workers or default_workers()} workers ({job.engine}).",
         f"Run directory: {job.out}. Nothing was written.",

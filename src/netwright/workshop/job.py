@@ -26,6 +26,7 @@ class Job:
         workers: evaluations side by side; by default one for each core.
         evaluations: most candidates to evaluate; by default as many as the budget allows.
         measuring: how latency is measured.
+        steps: what may be done to the network, by the names in :data:`netwright.workshop.STEPS`; by default all.
         command: the command line that replays the run, for the report.
     """
 
@@ -39,6 +40,7 @@ class Job:
     workers: int | None = None
     evaluations: int | None = None
     measuring: Measuring = field(default_factory=Measuring)
+    steps: tuple[str, ...] | None = None
     command: str = ""
 
     @property

@@ -14,7 +14,7 @@ from netwright.workshop.baseline import Baseline
 from netwright.workshop.evaluation import Measuring
 from netwright.workshop.job import Job
 from netwright.workshop.quiet import QuietRoom
-from netwright.workshop.space import Space
+from netwright.workshop.space import STEPS, Space
 
 __all__ = ["Plan", "default_workers", "make_plan", "prunable"]
 
@@ -62,10 +62,10 @@ def make_plan(run: RunDirectory, job: Job, task: Task, baseline: Baseline, graph
     Raises:
         NothingToPruneError: a network in which nothing can be pruned and nothing quantized.
     """
-    groups = prunable(graph)
     if not run.has(_RECORD):
-        settings, table = _int8(task, baseline, job.measuring)
-        if not groups and settings is None:
+        steps = job.steps or STEPS
+        settings, table = _int8(task, baseline, job.measuring) if "int8" in steps else (None, [])
+        if not (prunable(graph) and "prune" in steps) and settings is None:
             raise NothingToPruneError(_nothing(graph))
         left = max(job.budget - elapsed, 0.0)
         final = _FINAL_SHARE * left
@@ -74,6 +74,7 @@ def make_plan(run: RunDirectory, job: Job, task: Task, baseline: Baseline, graph
         run.write(
             _RECORD,
             {
+                "steps": list(steps),
                 "int8": settings,
                 "int8_table": table,
                 "workers": count,
@@ -82,9 +83,11 @@ def make_plan(run: RunDirectory, job: Job, task: Task, baseline: Baseline, graph
                 "final_seconds": final,
             },
         )
-    record = run.read(_RECORD, "int8", "int8_table", "workers", "started", "candidate_seconds", "final_seconds")
+    record = run.read(
+        _RECORD, "steps", "int8", "int8_table", "workers", "started", "candidate_seconds", "final_seconds"
+    )
     return Plan(
-        space=Space(groups, record["int8"]),
+        space=Space(prunable(graph) if "prune" in record["steps"] else (), record["int8"]),
         workers=job.workers or record["workers"],
         started=record["started"],
         candidate_seconds=record["candidate_seconds"],

@@ -7,9 +7,13 @@ from typing import Any
 
 import optuna
 
+from netwright.core.errors import TargetError
 from netwright.workshop.point import Step
 
-__all__ = ["Space"]
+__all__ = ["STEPS", "Space", "parse_steps"]
+
+STEPS = ("prune", "int8")
+"""What ``optimize`` may do to a network, in the order in which it is done."""
 
 _LADDER = (0.25, 0.125, 0.5, 0.0625, 0.18, 0.35, 0.09, 1.0)
 _SPREAD = 1.0
@@ -87,3 +91,23 @@ class Space:
         """Base-10 logarithm of the number of different proposals, ratios counted in whole units."""
         count = sum(math.log10(max(size, 1)) for _, size in self.groups)
         return count + (math.log10(2) if self.int8 is not None else 0.0) + (math.log10(2) if self.groups else 0.0)
+
+
+def parse_steps(names: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Names of steps, as a sequence or with commas between, in the order of :data:`STEPS`; None stands for all.
+
+    Raises:
+        TargetError: an unknown name, or none at all.
+
+    Example:
+        >>> parse_steps("int8,prune")
+        ('prune', 'int8')
+    """
+    if names is None:
+        return None
+    wanted = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    unknown = [name for name in wanted if name not in STEPS]
+    if unknown or not wanted:
+        said = f"{unknown[0]!r} is no step of optimize" if unknown else "No step is named"
+        raise TargetError(f"{said}. Known are {', '.join(STEPS)}; leave the option out for all of them.")
+    return tuple(name for name in STEPS if name in wanted)
