@@ -20,7 +20,7 @@ from netwright.core.machine import machine
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/bench")
-PARTS = ["digits", "peer", "fashion", "steps"]
+PARTS = ["digits", "peer", "fashion", "steps", "pretrained"]
 DIGITS = ["digits", "--target", "latency<=0.2x", "--keep", "score>=-0.01"]
 FASHION = ["fashion-mnist", "--target", "latency<=0.1x", "--keep", "score>=-0.01", "--budget", "10m"]
 
@@ -75,6 +75,15 @@ def steps() -> list[dict[str, Any]]:
     return [{"step": row["step"], "ratio": row["ratio"], "over": row.get("over", "torch AdamW fused")} for row in rows]
 
 
+def pretrained() -> list[dict[str, Any]]:
+    """Networks that ship trained in packages, rounded to 8 bits (benchmarks/pretrained.py)."""
+    parts = ["image", "text", *(["speech"] if shutil.which("espeak-ng") else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.pretrained", *parts], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown table, with a last row of medians."""
     names = list(rows[0])
@@ -101,6 +110,7 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
         "peer": "The scripted peer (benchmarks/peer.py) with the same baseline, time and score floor",
         "fashion": "Fashion-MNIST: " + " ".join(FASHION),
         "steps": "Optimizer steps over 25M parameters in 160 tensors, and whole steps of a 78k-parameter network",
+        "pretrained": "Trained networks from packages, rounded to 8 bits: agreement with float on unseen inputs",
     }
     lines = ["# Results", "", "Written by `make bench`. Ratios are to the baseline, measured in one process.", ""]
     lines += [f"- {name}: {value}" for name, value in machine().items()] + [""]
@@ -108,6 +118,9 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
         if results.get(name):
             lines += [f"## {title}", "", *table(results[name]), ""]
     (HERE / "RESULTS.md").write_text("\n".join(lines))
+
+
+WHOLE: dict[str, Callable[[], list[dict[str, Any]]]] = {"steps": steps, "pretrained": pretrained}
 
 
 def main() -> None:
@@ -124,8 +137,8 @@ def main() -> None:
         "fashion": lambda seed: optimize("fashion", FASHION, seed),
     }
     for name in options.only:
-        if name == "steps":
-            results[name] = steps()
+        if name in WHOLE:
+            results[name] = WHOLE[name]()
             stored.write_text(json.dumps(results, indent=1) + "\n")
             write(results)
             continue

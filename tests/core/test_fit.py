@@ -564,3 +564,19 @@ def test_digits_are_learned_in_two_epochs() -> None:
     result = fit(task.build(), task, task.recipe.replace(epochs=2))
     assert result.history[-1].val_score is not None
     assert result.history[-1].val_score > 0.9
+
+
+def test_weights_that_are_not_finite_are_told_where_the_loss_hides_them() -> None:
+    task = load_task("digits")
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 10)
+            self.lost = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x.flatten(1)) + torch.nan_to_num(self.lost.square().sqrt())
+
+    with pytest.raises(NonFiniteLossError, match="training left values in lost that are not finite"):
+        fit(Hidden(), task, Recipe(epochs=0.2), validate=False)

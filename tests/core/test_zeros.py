@@ -181,3 +181,22 @@ def test_where_no_hook_can_be_called(tmp_path: Path) -> None:
     newton = Recipe(epochs=1, optimizer="netwright.optim:SaddleFreeNewton", optimizer_settings={}, schedule=None)
     with pytest.raises(RecipeError, match="no hook can see its gradients"):
         fit(task.build(), task, newton, hook=StepHook())
+
+
+def test_scales_and_zero_points_stay_constants(tmp_path: Path) -> None:
+    from netwright.compress import Int8
+
+    task = load_task("digits")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2048), nn.ReLU(), nn.Linear(2048, 10))
+    path = tmp_path / "wide.onnx"
+    export_onnx(Int8()(model, task), task.example(2), path)
+    proto = onnx.load(str(path))
+    stored = {item.name for item in proto.graph.initializer}
+    places = {
+        name
+        for node in proto.graph.node
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        for name in node.input[1:]
+    }
+    assert places
+    assert places <= stored

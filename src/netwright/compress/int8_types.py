@@ -25,6 +25,7 @@ __all__ = ["Int8Types", "PairResult", "fastest_int8"]
 _PAIRS: tuple[tuple[Kind, Kind], ...] = (("uint8", "int8"), ("int8", "int8"), ("uint8", "uint8"))
 _ITEMS = 32
 _TOLERANCE = 0.02  # of the norm of the outputs: what ties in rounding may come to
+_SHARE = 0.5  # or this share of what rounding itself changes in them
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class PairResult:
         reduce_range: whether weights have 7 bits only.
         ratio: its time over that of the float model.
         error: norm of the difference between the runtime's outputs and the simulated ones, over the norm of these.
-        right: whether that is small enough to be rounding alone.
+        right: whether that is small enough to be ties in rounding: at most 0.02, or half of what rounding itself does
+            to the outputs.
     """
 
     activation: Kind
@@ -102,10 +104,12 @@ def fastest_int8(
     with tempfile.TemporaryDirectory(prefix="netwright-") as name:
         folder = Path(name)
         export_onnx(model, inputs, folder / "float.onnx")
+        exact = _outputs(OnnxModule(folder / "float.onnx", threads), inputs)
         for reduced in (False, True):
             quantized = replace(base, reduce_range=reduced)(model, task)
             export_onnx(quantized, inputs, folder / "uint8-int8.onnx")
             expected = _outputs(quantized, inputs)
+            tolerance = max(_TOLERANCE, _SHARE * _error(expected, exact))
             for activation, weight in _PAIRS:
                 path = folder / f"{activation}-{weight}.onnx"
                 _retype(folder / "uint8-int8.onnx", path, activation, weight)
@@ -113,7 +117,7 @@ def fastest_int8(
                     path, folder / "float.onnx", inputs, batch=batch, threads=threads, seconds=seconds, repeats=10
                 )
                 error = _error(_outputs(OnnxModule(path, threads), inputs), expected)
-                table.append(PairResult(activation, weight, reduced, ratio, error, error <= _TOLERANCE))
+                table.append(PairResult(activation, weight, reduced, ratio, error, error <= tolerance))
             if all(row.right for row in table):
                 break
     return Int8Types(_choose(base, table), tuple(table))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from netwright.core.checkpoint import load_checkpoint, require_same, save_checkpoint
-from netwright.core.errors import RunDirectoryError
+from netwright.core.errors import NonFiniteLossError, RunDirectoryError
 from netwright.core.evaluate import evaluate
 from netwright.core.objective import Objective
 from netwright.core.optimization import Parameterization, at_rest, make_average, make_optimizer, make_schedule
@@ -185,6 +185,12 @@ class Loop:
         if self.average is not None:
             self.average.put_into(self.model)
         self.parameterization.remove()
+        for name, value in self.model.named_parameters():
+            if not bool(torch.isfinite(value).all()):  # rounding to integers can hide it from the loss
+                raise NonFiniteLossError(
+                    f"Task {self.task.name!r}: training left values in {name} that are not finite. Lower the learning "
+                    "rate, set Recipe(clip_norm=1.0), or look for a function without a gradient, such as sqrt at 0."
+                )
 
     def _tell(self, lr: float) -> None:
         ended = self.step % self.per_epoch == 0 or self.step == self.total

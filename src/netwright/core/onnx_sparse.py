@@ -22,12 +22,20 @@ _WIDEST = 255
 def store_sparse(proto: Any) -> None:
     """Rewrite every initializer of ``proto`` that becomes smaller so, in place; others are left as they are.
 
+    So are scales and zero points of integers, which a runtime's integer kernels want as constants.
+
     Args:
         proto: an ONNX model of operator set 13 or later.
     """
     kept, made = [], []
+    grids = {
+        name
+        for node in proto.graph.node
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        for name in node.input[1:]
+    }
     for item in proto.graph.initializer:
-        value = _worth(item)
+        value = None if item.name in grids else _worth(item)
         if value is None:
             kept.append(item)
             continue
