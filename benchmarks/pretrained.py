@@ -24,6 +24,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.networks import SentenceEncoder, VoiceActivity
 from netwright.compress import fastest_int8
+from netwright.compress.quantize import Calibration
 from netwright.core.artifact import export_onnx
 from netwright.core.cost import compare_onnx
 from netwright.core.data import Data
@@ -36,7 +37,7 @@ from netwright.core.task import Task
 
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "camera.png", "coins.png")
 VOICES = ("en", "en-us+f3", "en-gb-scotland+m3", "en-us+m5")
-CALIBRATIONS = ("minmax", "percentile", "mse")
+CALIBRATIONS: tuple[Calibration, ...] = ("minmax", "percentile", "mse")
 SENTENCES = (
     "The harbour was quiet before the first boats came in.",
     "Measure twice and cut once, said the old carpenter.",
@@ -116,7 +117,7 @@ def _crops(count: int, seed: int) -> Tensor:
 def _imitating(name: str, model: nn.Module, inputs: Sequence[Tensor]) -> Task:
     """A task whose targets are the float network's own answers, so that its score is the agreement with them."""
     with torch.no_grad():
-        answers = [torch.cat([model(part).argmax(1) for part in split.split(16)]) for split in inputs]
+        answers = [torch.cat([model(part).argmax(1) for part in torch.split(split, 16)]) for split in inputs]
     splits = [TensorDataset(*pair) for pair in zip(inputs, answers, strict=True)]
     recipe = Recipe(
         optimizer_settings={"lr": 3e-5, "weight_decay": 0.0},
@@ -133,9 +134,9 @@ def text() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     tokens = encoder.tokens(_docstrings())
     order = torch.randperm(len(tokens), generator=generator)[:960]
-    parts = [tokens[part] for part in order.split(320)]
+    parts = [tokens[part] for part in torch.split(order, 320)]
     with torch.no_grad():
-        targets = [torch.cat([encoder(piece) for piece in part.split(32)]) for part in parts]
+        targets = [torch.cat([encoder(piece) for piece in torch.split(part, 32)]) for part in parts]
     splits = [TensorDataset(*pair) for pair in zip(parts, targets, strict=True)]
     return quantized(Task("minilm", encoder, Data(*splits), _distance, cosine))
 

@@ -22,7 +22,7 @@ from netwright.core.graph.export import export_model
 from netwright.core.task import Task
 from netwright.core.transform import Progress
 
-__all__ = ["Int8"]
+__all__ = ["Int8", "insert", "observe", "prepare", "trace"]
 
 Kind = Literal["uint8", "int8"]
 Calibration = Literal["minmax", "percentile", "mse"]
@@ -119,24 +119,34 @@ class Int8:
         check_weights(self, model)
         report = progress or (lambda fraction, what: None)
         report(0.0, "tracing")
-        module = trace(model, task)
-        fold_batch_norms(module)
-        _split_silu(module)
-        where = plan(module)
-        if not where.weights:
-            raise TransformError(
-                f"Int8: {type(model).__name__} has no convolution or linear layer with a weight of its own, so there "
-                "is nothing to quantize. Leave this step out."
-            )
-        module, observers = _insert(module, where, self)
+        module, where = prepare(self, model, task)
+        module, observers = insert(module, where, self)
         report(0.3, "calibrating")
-        _observe(module, observers, task.data.train, self, seed)
+        observe(module, observers, task.data.train, self, seed)
         for path, observer in observers.items():
             integers = Integers.activation(self.activation)
             scale, zero_point = grid(*observer.range(self.calibration, integers), integers)
             module.set_submodule(path, ActivationQuantizer(scale, zero_point, integers))
         report(1.0, "quantized")
         return module.eval()
+
+
+def prepare(owner: object, model: nn.Module, task: Task) -> tuple[fx.GraphModule, Plan]:
+    """A traced copy of ``model`` with batch norms folded, and where its quantizers go.
+
+    Raises:
+        TransformError: no layer to quantize.
+    """
+    module = trace(model, task)
+    fold_batch_norms(module)
+    _split_silu(module)
+    where = plan(module)
+    if not where.weights:
+        raise TransformError(
+            f"{type(owner).__name__}: {type(model).__name__} has no convolution or linear layer with a weight of its "
+            "own, so there is nothing to quantize. Leave this step out."
+        )
+    return module, where
 
 
 def trace(model: nn.Module, task: Task) -> fx.GraphModule:
@@ -191,10 +201,15 @@ def _split_silu(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
 
 
-def _insert(module: fx.GraphModule, where: Plan, settings: Int8) -> tuple[fx.GraphModule, dict[str, Observer]]:
-    """Put a weight quantizer before every weight of the plan, and an observer after every output."""
+def insert(
+    module: fx.GraphModule, where: Plan, settings: Int8, integers: Integers | None = None
+) -> tuple[fx.GraphModule, dict[str, Observer]]:
+    """Put a weight quantizer before every weight of the plan, and an observer after every output.
+
+    Weights become ``integers`` where given, else those of ``settings``.
+    """
     graph = module.graph
-    integers = Integers.weight(settings.weight, settings.reduce_range)
+    integers = integers or Integers.weight(settings.weight, settings.reduce_range)
     for node, rule in where.weights.items():
         source = node.args[rule.weight]
         assert isinstance(source, fx.Node)
@@ -232,7 +247,7 @@ def _has(module: nn.Module, path: str) -> bool:
     return any(name == path for name, _ in module.named_modules())
 
 
-def _observe(module: fx.GraphModule, observers: dict[str, Observer], data: Dataset, settings: Int8, seed: int) -> None:
+def observe(module: fx.GraphModule, observers: dict[str, Observer], data: Dataset, settings: Int8, seed: int) -> None:
     """Run calibration data through the model; a second time for histograms."""
     generator = torch.Generator().manual_seed(seed)
     held = []
