@@ -52,7 +52,7 @@ class _Step(nn.Module):
 
     def forward(self, packed: Tensor) -> Tensor:
         """``(b, 576 + 128 + 128)``, samples and state, to ``(b, 1 + 128 + 128)``, probability and state."""
-        samples, hidden, cell = torch.split(packed, (576, 128, 128), dim=1)
+        samples, hidden, cell = torch.split(packed, [576, 128, 128], dim=1)
         spectrum = self.stft_conv(nn.functional.pad(samples[:, None], (0, 64), mode="reflect"))
         x = (spectrum[:, :129] ** 2 + spectrum[:, 129:] ** 2).clamp_min(1e-12).sqrt()  # a gradient at silence, too
         for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
