@@ -15,7 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from netwright.core import fake_quantize, onnx_quantized, onnx_sparse
+from netwright.core import fake_quantize, onnx_codebooks, onnx_narrow, onnx_quantized, onnx_sparse
 from netwright.core.data import Inputs
 from netwright.core.errors import ArtifactError
 from netwright.core.files import atomic_write
@@ -27,6 +27,7 @@ OUTPUTS_KEY = "outputs"
 """Metadata key of a file that returns a tuple (its value is ``"tuple"``) or a dict (its keys as a JSON list)."""
 
 _LIMIT = 2**31 - 2**20  # a protobuf message holds less than 2 GiB
+_NARROW = 6  # bits of the widest integers that are packed; 7 bits would save an eighth and hide 8-bit kernels' weights
 
 
 def export_onnx(model: nn.Module | ExportedProgram, inputs: Inputs, path: str | Path) -> None:
@@ -35,8 +36,9 @@ def export_onnx(model: nn.Module | ExportedProgram, inputs: Inputs, path: str | 
     Reach for it whenever a model is to run outside torch. Only operators of the standard ONNX domain are used,
     so any runtime loads the file. Constants are folded, batch norms are folded into the convolutions before them,
     and names, documentation and metadata of no use to a runtime are dropped. Fake-quantized models become
-    integer ones: see :mod:`netwright.core.onnx_quantized`. Weights with many zeros are stored without them: see
-    :mod:`netwright.core.onnx_sparse`.
+    integer ones: see :mod:`netwright.core.onnx_quantized`. Integer weights of at most 6 bits, weights that take few
+    values and weights with many zeros are stored smaller: see :mod:`netwright.core.onnx_narrow`,
+    :mod:`netwright.core.onnx_codebooks` and :mod:`netwright.core.onnx_sparse`.
 
     Inputs are named after the arguments of ``forward`` (or the keys of ``inputs``); the outputs ``output``,
     ``output_0``, ``output_1``, ... or the keys of the dict that the model returns.
@@ -64,9 +66,12 @@ def export_onnx(model: nn.Module | ExportedProgram, inputs: Inputs, path: str | 
     """
     program = model if isinstance(model, ExportedProgram) else export_model(model, inputs)
     proto = _convert(program)
+    onnx_codebooks.compute_lookups(proto)
     onnx_quantized.spatial_means_to_pools(proto)
     onnx_quantized.store_integers(proto)
     onnx_quantized.drop_unused(proto.graph)
+    onnx_narrow.store_narrow(proto, _NARROW)
+    onnx_codebooks.store_codebooks(proto)
     onnx_sparse.store_sparse(proto)
     _name_interface(proto, input_names(program), output_names(program))
     _strip(proto)

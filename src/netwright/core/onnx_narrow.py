@@ -24,11 +24,12 @@ _OPSET = 21  # the first whose DequantizeLinear reads 4-bit integers
 _CHANGED = {"GroupNormalization"}  # operators that mean something else from that set on
 
 
-def store_narrow(proto: Any) -> None:
+def store_narrow(proto: Any, most: int = 7) -> None:
     """Rewrite every narrow integer weight of ``proto``, in place; others are left as they are.
 
     Args:
         proto: an ONNX model of operator set 18 or later. Its set becomes 21 where a weight is stored in 4 bits.
+        most: bits of the widest integers that are stored so.
     """
     graph = proto.graph
     default = next(entry for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
@@ -38,16 +39,16 @@ def store_narrow(proto: Any) -> None:
     for item in graph.initializer:
         readers = _readers(graph, item)
         bits = _bits(item) if readers else 8
-        if bits == 8:
+        if bits > min(most, 7):
             kept.append(item)
             continue
         value = np.asarray(numpy_helper.to_array(item))
         halves = _halves(value, [weights[node.input[2]] for node in readers]) if four else None
-        sizes = {
+        sizes: dict[str, float] = {
             "whole": value.size,
             "halves": value.size / 2 if halves is not None else np.inf,
             "planes": bits * value.size / 8 + _DECODER,
-            "sparse": 2 * np.count_nonzero(value) + _DECODER,  # by onnx_sparse, afterwards
+            "sparse": 2 * int(np.count_nonzero(value)) + _DECODER,  # by onnx_sparse, afterwards
         }
         best = min(sizes, key=lambda name: sizes[name])
         if best == "halves" and halves is not None:
@@ -167,4 +168,4 @@ def _decoder(name: str, value: NDArray[Any], bits: int) -> tuple[list[Any], list
         make("Cast", [at["moved"]], [at["narrow"]], to=kind),
         make("Reshape", [at["narrow"], at["shape"]], [name]),
     ]
-    return [numpy_helper.from_array(array, at[key]) for key, array in constants.items()], nodes
+    return [numpy_helper.from_array(np.asarray(array), at[key]) for key, array in constants.items()], nodes

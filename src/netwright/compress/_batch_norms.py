@@ -1,0 +1,118 @@
+"""Batch norms of a traced graph as modules whose statistics follow the data again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from netwright.compress._fold import attribute, op_name
+from netwright.core.data import Inputs, call, to_device
+from netwright.core.evaluate import device_of
+
+__all__ = ["drop_unused", "free_name", "norm_of", "reestimate", "thaw"]
+
+_EPSILON = {"batch_norm": 7, "_native_batch_norm_legit_no_training": 6}  # position of epsilon among the arguments
+_KINDS: dict[int, type[_BatchNorm]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+def thaw(module: fx.GraphModule) -> int:
+    """Put an ``nn.BatchNorm`` in place of every batch norm with fixed statistics; returns how many.
+
+    Calls that share their statistics share the module.
+    """
+    made: dict[object, str] = {}
+    count = 0
+    for node in list(module.graph.nodes):
+        if op_name(node) not in _EPSILON or (norm := norm_of(module, node)) is None:
+            continue
+        mean = node.args[3]
+        if mean.target not in made:
+            made[mean.target] = free_name(module, f"{node.name}_thawed")
+            module.add_submodule(made[mean.target], norm)
+        with module.graph.inserting_before(node):
+            thawed = module.graph.call_module(made[mean.target], (node.args[0],))
+        thawed.meta = dict(node.meta)
+        if op_name(node) == "batch_norm":
+            node.replace_all_uses_with(thawed)
+        else:
+            thawed.meta["val"] = node.meta["val"][0]
+            for user in list(node.users):
+                user.replace_all_uses_with(thawed)
+                module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        count += 1
+    drop_unused(module)
+    return count
+
+
+def norm_of(module: fx.GraphModule, node: fx.Node) -> _BatchNorm | None:
+    """A module with the weights and statistics of a batch norm; None where they are not the model's own tensors."""
+    scale, shift, mean, variance = (attribute(module, argument) for argument in node.args[1:5])
+    value = node.meta.get("val")
+    value = value[0] if isinstance(value, tuple | list) else value
+    epsilon = node.args[_EPSILON[op_name(node)]]
+    if mean is None or variance is None or value is None or (scale is None) != (shift is None):
+        return None
+    if not isinstance(epsilon, float) or len(value.shape) not in _KINDS:
+        return None
+    norm = _KINDS[len(value.shape)](len(mean), eps=epsilon, affine=scale is not None, dtype=mean.dtype)
+    norm.to(mean.device)
+    with torch.no_grad():
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        if scale is not None and shift is not None:
+            norm.weight.copy_(scale)
+            norm.bias.copy_(shift)
+            norm.weight.requires_grad_(scale.requires_grad)
+            norm.bias.requires_grad_(shift.requires_grad)
+    return norm.eval()
+
+
+def reestimate(module: nn.Module, inputs: list[Inputs]) -> None:
+    """Let every batch norm take its statistics from ``inputs`` anew."""
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    if not norms:
+        return
+    device = device_of(module)
+    with torch.no_grad(), _averaging(norms):
+        for batch in inputs:
+            call(module, to_device(batch, device))
+
+
+@contextmanager
+def _averaging(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Inside, the statistics of ``norms`` are means over the batches seen."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+
+
+def free_name(module: nn.Module, stem: str) -> str:
+    """A name that ``module`` does not use yet."""
+    return next(name for name in (stem, *(f"{stem}_{count}" for count in range(1, 10**6))) if not hasattr(module, name))
+
+
+def drop_unused(module: fx.GraphModule) -> None:
+    """Remove nodes, modules, parameters and buffers that nothing reads."""
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    called = tuple(f"{node.target}." for node in module.graph.nodes if node.op == "call_module")
+    for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+        if name in read or name.startswith(called):
+            continue
+        owner, _, last = name.rpartition(".")
+        delattr(module.get_submodule(owner), last)
+    module.recompile()

@@ -1,0 +1,213 @@
+"""Least squares with at most k entries that are not zero, by hard thresholding; no p by p matrix is ever formed."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from netwright.compress._sparse_recipe_masks import largest
+
+__all__ = ["LeastSquares", "hard_threshold_step", "refit", "solve_sparse"]
+
+_ACTIVE = 1.5  # columns in the active set, in multiples of k
+_FALL = 1e-3  # relative fall of the objective below which a loop ends
+_HALVINGS = 10
+_FITTED = 1e-4  # share of the gradient inside the support below which the support counts as fitted
+_CHUNK = 1 << 20  # entries held in float64 at a time
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    r"""The function :math:`f(w) = \frac1{2n} \lVert Xw - t \rVert^2 + \frac\lambda2 \lVert w - \bar w \rVert^2`.
+
+    Args:
+        rows: :math:`X`, ``(n, p)``.
+        target: :math:`t`, ``(n,)``.
+        anchor: :math:`\bar w`, ``(p,)``.
+        ridge: :math:`\lambda > 0`.
+        scale: :math:`d`, ``(p,)`` above 0: entries are compared, and steps are taken, as entries of :math:`d \odot w`.
+    """
+
+    rows: Tensor
+    target: Tensor
+    anchor: Tensor
+    ridge: float
+    scale: Tensor
+
+    def value(self, w: Tensor) -> float:
+        """The objective."""
+        fit = (self.rows @ w - self.target).double().square().sum() / (2 * len(self.target))
+        return float(fit + self.ridge / 2 * (w - self.anchor).double().square().sum())
+
+    def gradient(self, w: Tensor) -> Tensor:
+        """The gradient, ``(p,)``: two products with the rows."""
+        residual = self.rows @ w - self.target
+        return self.rows.mT @ (residual / len(residual)) + self.ridge * (w - self.anchor)
+
+    def curvature(self, direction: Tensor) -> float:
+        """The second derivative along ``direction``."""
+        along = (self.rows @ direction).double().square().sum() / len(self.target)
+        return float(along + self.ridge * direction.double().square().sum())
+
+    def columns(self, index: Tensor) -> "LeastSquares":
+        """The function of the entries ``index`` alone, all others being zero; it lacks a constant."""
+        return replace(self, rows=self.rows[:, index], anchor=self.anchor[index], scale=self.scale[index])
+
+
+def hard_threshold_step(problem: LeastSquares, w: Tensor, count: int, value: float) -> tuple[Tensor, float]:
+    r"""One step :math:`w \leftarrow P_k(w - \tau D^{-2} \nabla f(w))`, :math:`P_k` keeping the k largest of
+    :math:`|d \odot w|`.
+
+    While the support stays, :math:`f` is a parabola in :math:`\tau`, whose lowest point is taken. Where the support
+    changes before that, :math:`\tau` is doubled while the objective falls, or halved until it does.
+
+    Args:
+        problem: what to minimize.
+        w: ``(p,)`` with at most ``count`` entries that are not zero.
+        count: k.
+        value: the objective at ``w``.
+
+    Returns:
+        The next point and its objective, which is never above ``value``.
+    """
+    scale = problem.scale
+    gradient = problem.gradient(w) / scale  # of the function of scale * w
+    support = w != 0
+    along, within = gradient, int(support.sum()) >= count
+    if within:
+        inside = torch.where(support, gradient, 0.0)
+        within = bool(inside.norm() > _FITTED * gradient.norm())  # else only an exchange helps
+        along = inside if within else gradient
+    if not bool(along.any()):
+        return w, value
+    rate = float(along.double().square().sum()) / problem.curvature(along / scale)
+    if within and rate <= _first_change(w * scale, gradient, support):
+        moved = w - rate * along / scale
+        found = problem.value(moved)
+        return (moved, found) if found < value else (w, value)
+
+    def moved_by(tau: float) -> tuple[Tensor, float]:
+        trial = w - tau * gradient / scale
+        trial = trial * largest((trial * scale).abs(), count)
+        return trial, problem.value(trial)
+
+    best, low = moved_by(rate)
+    if low < value:
+        while True:
+            rate *= 2
+            trial, found = moved_by(rate)
+            if found >= low:
+                return best, low
+            best, low = trial, found
+    for _ in range(_HALVINGS):
+        rate /= 2
+        best, low = moved_by(rate)
+        if low < value:
+            return best, low
+    return w, value
+
+
+def _first_change(w: Tensor, gradient: Tensor, support: Tensor) -> float:
+    """The smallest step at which an entry outside the support overtakes one inside."""
+    if bool(support.all()):
+        return float("inf")
+    outside = gradient[~support].abs().max()
+    closing = outside + torch.sign(w[support]) * gradient[support]
+    times = torch.where(closing > 0, w[support].abs() / closing, torch.inf)
+    return float(times.min())
+
+
+def refit(problem: LeastSquares, index: Tensor) -> Tensor:
+    r"""The minimizer among vectors that are zero outside ``index``, as ``(len(index),)``.
+
+    .. math:: w_S = \bar w_S + X_S^\top (X_S X_S^\top + n \lambda I)^{-1} (t - X_S \bar w_S)
+
+    or, with fewer columns than rows, the same by the matrix of columns.
+    """
+    anchor = problem.anchor[index]
+    right = (problem.target - problem.rows[:, index] @ anchor).double()
+    wide = len(index) >= len(right)
+    size = len(right) if wide else len(index)
+    gram = torch.zeros(size, size, dtype=torch.float64, device=right.device)
+    if wide:
+        for part in torch.split(index, max(1, _CHUNK // size)):
+            columns = problem.rows[:, part].double()
+            gram.addmm_(columns, columns.mT)
+    else:
+        columns = problem.rows[:, index].double()
+        gram = columns.mT @ columns
+        right = columns.mT @ right
+    gram.diagonal().add_(problem.ridge * len(problem.target))
+    solution = torch.cholesky_solve(right[:, None], torch.linalg.cholesky(gram)).flatten()
+    if wide:
+        solution = torch.cat(
+            [problem.rows[:, part].double().mT @ solution for part in torch.split(index, max(1, _CHUNK // size))]
+        )
+    return anchor + solution.to(anchor)
+
+
+def solve_sparse(
+    problem: LeastSquares, start: Tensor, count: int, *, shrinkings: int = 1, steps: int = 50, rounds: int = 5
+) -> Tensor:
+    """A vector of at most ``count`` entries other than zero at which neither a step nor a refit lowers the objective.
+
+    Steps act on an active set, the ``1.5 count`` entries that a step from all of them would make largest; then the
+    support is fitted exactly, and the gradient of all entries chooses the active set anew.
+
+    Args:
+        problem: what to minimize.
+        start: ``(p,)``; thresholded first.
+        count: k.
+        shrinkings: in how many equal ratios the support shrinks from that of ``start`` to ``count``; all but the last
+            have one round.
+        steps: of hard thresholding in a round, at most.
+        rounds: active sets, at most.
+
+    Cost: ``O(n p)`` for each round, ``O(n k)`` for each step, ``O(n**2 k + n**3)`` for each fit; ``1.5 n k`` words.
+    """
+    have = max(count, int((start != 0).sum()))
+    w = start
+    for part in range(1, shrinkings + 1):
+        size = round(have * (count / have) ** (part / shrinkings))
+        w = _solve(problem, w, size, steps, rounds if part == shrinkings else 1)
+    return w
+
+
+def _solve(problem: LeastSquares, start: Tensor, count: int, steps: int, rounds: int) -> Tensor:
+    """:func:`solve_sparse` in one go."""
+    w = start * largest((start * problem.scale).abs(), count)
+    value = problem.value(w)
+    for _ in range(rounds):
+        active = _active_set(problem, w, count)
+        part = problem.columns(active)
+        inner = w[active]
+        first = low = part.value(inner)
+        for _ in range(steps):
+            before = low
+            inner, low = hard_threshold_step(part, inner, count, before)
+            if low >= (1 - _FALL) * before:
+                break
+        index = inner.nonzero().flatten()
+        fitted = torch.zeros_like(inner)
+        fitted[index] = refit(part, index)
+        found = part.value(fitted)
+        if found < low:
+            inner, low = fitted, found
+        fall = first - low
+        if fall > 0:
+            w = torch.zeros_like(w)
+            w[active] = inner
+        if fall <= _FALL * abs(value):
+            break
+        value -= fall
+    return w
+
+
+def _active_set(problem: LeastSquares, w: Tensor, count: int) -> Tensor:
+    """Indices of the support and of what a step on all entries would make largest."""
+    size = min(len(w), int(_ACTIVE * count) + 1)
+    gradient = problem.gradient(w) / problem.scale
+    square = float(gradient.double().square().sum())
+    rate = square / problem.curvature(gradient / problem.scale) if square > 0 else 0.0
+    reach = torch.where(w != 0, torch.inf, (w * problem.scale - rate * gradient).abs())
+    return largest(reach, size).nonzero().flatten()

@@ -1,0 +1,101 @@
+"""A model whose inputs a small learned network changes while it trains."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from netwright.core.data import Inputs, call
+
+__all__ = ["Augmented", "Change", "can_change", "parts", "whole_of"]
+
+
+class Change(nn.Module):
+    """Two layers from one input tensor and noise of its shape to a change of at most ``strength`` spreads."""
+
+    spread: Tensor
+
+    def __init__(self, sample: Tensor, hidden: int, strength: float) -> None:
+        super().__init__()
+        self.images, self.strength = sample.ndim > 3, strength
+        channels = sample.shape[1 if self.images else -1]
+        if self.images:
+            kind = {4: nn.Conv2d, 5: nn.Conv3d}[sample.ndim]
+            self.first: nn.Module = kind(2 * channels, hidden, 3, padding=1)
+            self.last: nn.Module = kind(hidden, channels, 3, padding=1)
+        else:
+            self.first, self.last = nn.Linear(2 * channels, hidden), nn.Linear(hidden, channels)
+        self.register_buffer("spread", sample.std().clamp_min(1e-6))
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        """The change in units of the spread, of the shape of ``x``."""
+        both = torch.cat([x / self.spread, noise], 1 if self.images else -1)
+        change: Tensor = self.strength * torch.tanh(self.last(functional.relu(self.first(both))))
+        return change
+
+
+class Augmented(nn.Module):
+    """The quantized model, which in training reads inputs that the transformation has changed.
+
+    Args:
+        model: the quantized model.
+        whole: the model in full precision; it stays as it is.
+        inputs: all calibration inputs.
+        hidden: channels within the transformation.
+        strength: the largest change, in units of the inputs' spread; 0 for none.
+    """
+
+    def __init__(self, model: nn.Module, whole: nn.Module, inputs: Inputs, hidden: int, strength: float) -> None:
+        super().__init__()
+        self.model, self.whole = model, whole.requires_grad_(False)
+        self.changes = nn.ModuleDict(
+            {
+                key: Change(value, hidden, strength)
+                for key, value in parts(inputs).items()
+                if strength > 0 and can_change(value)
+            }
+        )
+        self.changes.requires_grad_(False)  # so that the training loop's optimizer leaves it alone
+        self.seen: Inputs = inputs
+
+    def train(self, mode: bool = True) -> "Augmented":
+        """Set the mode; the whole model evaluates in either."""
+        super().train(mode)
+        self.whole.eval()
+        return self
+
+    def vary(self, inputs: Inputs) -> tuple[Inputs, list[Tensor]]:
+        """Changed inputs, and the changes in units of the spread."""
+        varied, moved = parts(inputs), []
+        for key, change in self.changes.items():
+            value = varied[key]
+            moved.append(change(value, torch.randn_like(value)))
+            varied[key] = value + change.spread * moved[-1]
+        return whole_of(inputs, varied), moved
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The quantized model's answer to varied inputs, which stay readable as ``seen``."""
+        with torch.no_grad():
+            self.seen, _ = self.vary(kwargs or (args[0] if len(args) == 1 else args))
+        return call(self.model, self.seen)
+
+
+def parts(inputs: Inputs) -> dict[str, Tensor]:
+    """The tensors of inputs by key, or by position."""
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    return {str(key): value for key, value in enumerate((inputs,) if isinstance(inputs, Tensor) else inputs)}
+
+
+def whole_of(inputs: Inputs, parts: dict[str, Tensor]) -> Inputs:
+    """Inputs of the form of ``inputs`` out of its parts."""
+    if isinstance(inputs, Mapping):
+        return parts
+    return parts["0"] if isinstance(inputs, Tensor) else tuple(parts.values())
+
+
+def can_change(value: Tensor) -> bool:
+    """Whether a tensor is of a type and a rank that the transformation takes."""
+    return value.is_floating_point() and 2 <= value.ndim <= 5

@@ -1,0 +1,115 @@
+"""Pruning in stages, each by a sparse regression on the gradients at the network of the stage before."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from netwright.compress._hard_threshold import LeastSquares
+from netwright.compress._per_sample_gradients import gradient_rows
+from netwright.compress._settings import check_count, check_number, check_ratio, check_weights, require_loss
+from netwright.compress._sparse_recipe_masks import checked_names
+from netwright.compress._weights import FlatWeights
+from netwright.core.errors import TransformError
+from netwright.core.parametrized import fold_parametrizations
+from netwright.core.randomness import isolated
+from netwright.core.task import Task
+from netwright.core.transform import Progress
+
+__all__ = ["StagedPruning"]
+
+Solve = Callable[[LeastSquares, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class StagedPruning:
+    """Settings and the course of a method that prunes by sparse regression; the regression itself is the method's."""
+
+    ratio: float = 0.9
+    stages: int = 8
+    gradients: int = 256
+    batch_size: int = 16
+    ridge: float = 1.0
+    first_order: bool = True
+    scaled: bool = True
+    noise: float = 0.0
+    exclude: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exclude", checked_names(self, self.exclude))
+        check_ratio(self, "ratio", self.ratio, what="removes half of the weights")
+        for name in ("stages", "gradients", "batch_size"):
+            check_count(self, name, getattr(self, name))
+        check_number(self, "ridge", self.ridge, above=True)
+        check_number(self, "noise", self.noise)
+        for name in ("first_order", "scaled"):
+            if not isinstance(getattr(self, name), bool):
+                got = getattr(self, name)
+                raise TransformError(f"{type(self).__name__}.{name} must be true or false, got {got!r}.")
+
+    def counts(self, size: int) -> list[int]:
+        """How many of ``size`` weights stay after each stage: equal shares of what is left go in each.
+
+        Raises:
+            TransformError: a ratio that would leave none.
+        """
+        if round((1 - self.ratio) * size) < 1:
+            raise TransformError(
+                f"{type(self).__name__}.ratio={self.ratio!r} would leave none of {size} weights. The highest ratio "
+                f"that leaves one is {1 - 1 / size:.6g}."
+            )
+        stages = range(1, self.stages + 1)
+        return [max(1, round((1 - self.ratio) ** (stage / self.stages) * size)) for stage in stages]
+
+    def prune(self, model: nn.Module, task: Task, seed: int, progress: Progress | None, solve: Solve) -> nn.Module:
+        """A pruned copy of ``model`` in eval mode.
+
+        Args:
+            model: as in a call.
+            task: as in a call.
+            seed: of the first stage; each later one draws items anew.
+            progress: told how far it is.
+            solve: called with the regression of a stage, the present weights and how many may stay.
+        """
+        check_weights(self, model)
+        require_loss(self, task)
+        report = progress or (lambda fraction, what: None)
+        result = deepcopy(model).eval()
+        fold_parametrizations(result)
+        weights = FlatWeights(result, self.exclude)
+        counts = self.counts(weights.size)
+        for stage, count in enumerate(counts):
+            report(stage / len(counts), f"stage {stage + 1} of {len(counts)}: gradients")
+            with isolated(seed + stage):
+                problem = self.regression(result, weights, task, seed + stage)
+            report((stage + 0.5) / len(counts), f"stage {stage + 1} of {len(counts)}: {count} weights stay")
+            weights.write(solve(problem, problem.anchor, count))
+        report(1.0, f"{self.ratio:.4g} of {weights.size} weights are zero")
+        return result
+
+    def regression(self, model: nn.Module, weights: FlatWeights, task: Task, seed: int) -> LeastSquares:
+        """The quadratic model of the loss around the present weights, as least squares on gradients.
+
+        Raises:
+            TransformError: gradients that are all zero, or not finite.
+        """
+        rows = gradient_rows(model, weights, task, count=self.gradients, items=self.batch_size, seed=seed)
+        if self.noise:
+            generator = torch.Generator(rows.device).manual_seed(seed)
+            scale = self.noise * float(rows.double().square().mean().sqrt())
+            for row in rows:
+                row += scale * torch.randn(row.shape, generator=generator, dtype=row.dtype, device=row.device)
+        squares = torch.linalg.vector_norm(rows, dim=0).square() / len(rows)
+        square = float(squares.mean())
+        if square == 0.0:
+            raise TransformError(
+                f"{type(self).__name__}: the loss of task {task.name!r} has no gradient at this model on {len(rows)} "
+                "batches, so no weight matters. Is the model trained on this task?"
+            )
+        anchor = weights.read()
+        shift = 1 / min(self.batch_size, len(task.data.train)) if self.first_order else 0.0
+        ridge = self.ridge * square
+        scale = (squares + ridge).sqrt() if self.scaled else torch.ones_like(anchor)
+        return LeastSquares(rows, rows @ anchor - shift, anchor, ridge, scale)

@@ -1,0 +1,76 @@
+"""The smaller network that a distillation method trains."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from netwright.core.errors import NetwrightError, TransformError
+from netwright.core.randomness import isolated
+from netwright.core.recipe import resolve
+from netwright.core.task import Task
+from netwright.core.transform import is_transform
+
+__all__ = ["StudentSpec", "build_student", "check_student"]
+
+StudentSpec: TypeAlias = str | Mapping[str, Any]
+"""An import path of a function without arguments that builds the student, or ``{"method": ..., "settings": ...}``: a
+transform, by import path, that makes the student out of the teacher."""
+
+
+def check_student(owner: object, spec: StudentSpec) -> StudentSpec:
+    """``spec`` as plain data.
+
+    Raises:
+        TransformError: neither an import path nor a mapping of ``method`` and ``settings``.
+    """
+    name = type(owner).__name__
+    if isinstance(spec, str) and ":" in spec:
+        return spec
+    if isinstance(spec, Mapping) and "method" in spec and set(spec) <= {"method", "settings"}:
+        return {"method": spec["method"], "settings": dict(spec.get("settings", {}))}
+    raise TransformError(
+        f"{name}.student must be an import path module:function, or a transform as "
+        f"{{'method': 'netwright.compress:Prune', 'settings': {{'ratios': 0.5}}}}; got {spec!r}."
+    )
+
+
+def build_student(owner: object, spec: StudentSpec, teacher: nn.Module, task: Task, seed: int) -> nn.Module:
+    """The student, untrained or cut out of the teacher; it shares no tensor with it.
+
+    Raises:
+        TransformError: a path that leads to no function or transform, or a student whose outputs differ from the
+            teacher's in shape.
+    """
+    name = type(owner).__name__
+    if isinstance(spec, str):
+        with isolated(seed):
+            student = resolve(spec)()
+    else:
+        try:
+            transform: Any = resolve(spec["method"])(**spec["settings"])
+        except (TypeError, ValueError) as error:
+            raise TransformError(f"{name}.student: {spec['method']} refuses {spec['settings']}: {error}.") from error
+        if not is_transform(transform):
+            raise TransformError(f"{name}.student: {spec['method']} is no transform.")
+        student = transform(teacher, task, seed=seed, budget=0.0)
+    if not isinstance(student, nn.Module):
+        raise TransformError(f"{name}.student gives a {type(student).__name__}, not an nn.Module.")
+    student = copy.deepcopy(student)
+    _check_outputs(name, student, teacher, task)
+    return student
+
+
+def _check_outputs(name: str, student: nn.Module, teacher: nn.Module, task: Task) -> None:
+    shapes = []
+    for model in (student.eval(), teacher):
+        try:
+            shapes.append(tuple(task.outputs(model, task.example(2)).shape))
+        except (RuntimeError, AttributeError, NetwrightError) as error:
+            what = "student" if model is student else "teacher"
+            raise TransformError(f"{name}: the {what} cannot be run on the task's inputs: {error}.") from error
+    if shapes[0] != shapes[1]:
+        raise TransformError(
+            f"{name}: the student's outputs are {shapes[0]} for two items, the teacher's {shapes[1]}. They must match."
+        )

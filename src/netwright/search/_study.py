@@ -1,0 +1,203 @@
+"""The study behind a search: Optuna proposes, the log is the truth, known candidates are answered from memory."""
+
+import math
+import numbers
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState, create_trial
+
+from netwright.core.errors import CorruptRunError
+from netwright.core.rundir import RunDirectory
+from netwright.search._workers import Answer
+from netwright.search.result import Direction, Evaluation, Limit, SearchResult
+from netwright.search.space import SearchSpace
+
+__all__ = ["EVALUATIONS", "Search", "line_of"]
+
+EVALUATIONS = "evaluations.jsonl"
+"""The log of a run directory with one line for every finished evaluation."""
+_JOURNAL = "study.journal"
+_REPEATS = 50  # proposals in a row that are invalid or known before a random new candidate is taken
+_DRAWS = 1000  # random candidates in a row that are known before the space counts as exhausted
+
+Key: TypeAlias = tuple[tuple[str, Any], ...]
+
+
+class Search:
+    """The study, the log, and what is known by candidate.
+
+    Args:
+        folder: where the log and the study lie; None for nowhere.
+        space: what may be proposed.
+        objectives: the direction of each.
+        limits: the constraints.
+        sampler: proposes.
+        seed: source of random candidates.
+    """
+
+    def __init__(
+        self,
+        folder: RunDirectory | None,
+        space: SearchSpace,
+        objectives: Mapping[str, Direction],
+        limits: Sequence[Limit],
+        sampler: BaseSampler,
+        seed: int,
+    ) -> None:
+        self._folder, self._space, self._objectives, self._limits = folder, space, objectives, limits
+        self._names = [str(limit) for limit in limits]
+        lines = folder.lines(EVALUATIONS) if folder is not None else []
+        self.entries = [_entry(number, line) for number, line in enumerate(lines, start=1)]
+        self._before = max((float(line["finished_s"]) for line in lines), default=0.0)
+        self._start, self._proposing, self._exhausted = time.monotonic(), 0.0, False
+        self._rng = np.random.default_rng([seed, len(lines)])
+        self._known: dict[Key, Evaluation | None] = {space.key(entry.params): entry for entry in self.entries}
+        self.started = len(self.entries)
+        level = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._study = optuna.create_study(
+            storage=_journal(folder), directions=list(objectives.values()), sampler=sampler, study_name="netwright"
+        )
+        optuna.logging.set_verbosity(level)
+        self._study.add_trials([self._frozen(entry) for entry in self.entries])
+
+    def ask(self) -> tuple[optuna.Trial, dict[str, Any]] | None:
+        """A valid candidate that nobody evaluates or has evaluated; None when there is no other."""
+        begun = time.monotonic()
+        try:
+            for _ in range(_REPEATS):
+                if len(self._known) >= self._space.size:
+                    break
+                trial = self._study.ask(dict(self._space.decisions))
+                job = self._taken(trial)
+                if job is not None:
+                    return job
+            for _ in range(_DRAWS):
+                params = self._space.sample(self._rng)
+                if self._space.key(params) not in self._known:
+                    self._study.enqueue_trial(params)
+                    return self._taken(self._study.ask(dict(self._space.decisions)))
+            self._exhausted = True
+            return None
+        finally:
+            self._proposing += time.monotonic() - begun
+
+    def _taken(self, trial: optuna.Trial) -> tuple[optuna.Trial, dict[str, Any]] | None:
+        if not self._space.valid(trial.params):
+            self._study.tell(trial, state=TrialState.FAIL)
+            return None
+        key = self._space.key(trial.params)
+        if key not in self._known:
+            self._known[key] = None
+            self.started += 1
+            return trial, dict(key)
+        self._answer(trial, self._known[key])
+        return None
+
+    def tell(self, trial: optuna.Trial, params: dict[str, Any], answer: Answer) -> None:
+        """Record durably what became of a candidate, then let the sampler know."""
+        needed = [*self._objectives, *(limit.metric for limit in self._limits)]
+        metrics, error = _read(answer, needed)
+        violations = () if metrics is None else tuple(limit.violation(metrics) for limit in self._limits)
+        entry = Evaluation(trial.number, params, metrics, error, violations, answer.seconds)
+        if self._folder is not None:
+            self._folder.append(EVALUATIONS, {**line_of(entry), "finished_s": self._elapsed()})
+        self.entries.append(entry)
+        self._known[self._space.key(params)] = entry
+        self._answer(trial, entry)
+
+    def _answer(self, trial: optuna.Trial, entry: Evaluation | None) -> None:
+        if entry is None or entry.metrics is None:
+            self._study.tell(trial, state=TrialState.FAIL)
+            return
+        for name, violation in zip(self._names, entry.violations, strict=True):
+            trial.set_constraint(name, violation)
+        self._study.tell(trial, [entry.metrics[name] for name in self._objectives])
+
+    def _frozen(self, entry: Evaluation) -> optuna.trial.FrozenTrial:
+        decisions = {name: self._space.decisions[name] for name in entry.params}
+        if entry.metrics is None:
+            return create_trial(state=TrialState.FAIL, params=dict(entry.params), distributions=decisions)
+        return create_trial(
+            values=[entry.metrics[name] for name in self._objectives],
+            params=dict(entry.params),
+            distributions=decisions,
+            constraints=dict(zip(self._names, entry.violations, strict=True)),
+        )
+
+    def words(self) -> str:
+        """How it stands, for the bar."""
+        failed = sum(entry.metrics is None for entry in self.entries)
+        return f"{len(self.entries)} evaluated" + (f", {failed} failed" if failed else "")
+
+    def result(self) -> SearchResult:
+        """Everything so far."""
+        return SearchResult(self._objectives, tuple(self.entries), self._elapsed(), self._proposing, self._exhausted)
+
+    def _elapsed(self) -> float:
+        return self._before + time.monotonic() - self._start
+
+
+def _read(answer: Answer, needed: Sequence[str]) -> tuple[dict[str, float] | None, str | None]:
+    """The metrics of an answer, or why it is none."""
+    if answer.error is not None:
+        return None, answer.error
+    if not isinstance(answer.value, Mapping):
+        return None, f"the evaluation returned {type(answer.value).__name__}, not metrics by name"
+    missing = [name for name in needed if name not in answer.value]
+    if missing:
+        return (
+            None,
+            f"the evaluation returned no {missing[0]!r}; it returned {', '.join(map(repr, answer.value)) or 'nothing'}",
+        )
+    for name, value in answer.value.items():
+        if name in needed and not (isinstance(value, numbers.Real) and math.isfinite(value)):
+            return None, f"metric {name!r} is {value!r}"
+    kept = {
+        str(name): float(value)
+        for name, value in answer.value.items()
+        if isinstance(value, numbers.Real) and math.isfinite(value)
+    }
+    return kept, None
+
+
+def _journal(folder: RunDirectory | None) -> JournalStorage | None:
+    """A new journal for the study, which is made anew from the log: what a crash left of the old one loses nothing."""
+    if folder is None:
+        return None
+    path = folder.path / _JOURNAL
+    for stale in (path, path.with_name(path.name + ".lock")):
+        stale.unlink(missing_ok=True)
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+def line_of(entry: Evaluation) -> dict[str, Any]:
+    """An evaluation as a line of the log."""
+    return {
+        "trial": entry.number,
+        "state": "failed" if entry.metrics is None else "ok",
+        "params": dict(entry.params),
+        "metrics": None if entry.metrics is None else dict(entry.metrics),
+        "error": entry.error,
+        "violations": list(entry.violations),
+        "seconds": entry.seconds,
+    }
+
+
+def _entry(number: int, line: Mapping[str, Any]) -> Evaluation:
+    try:
+        return Evaluation(
+            line["trial"], line["params"], line["metrics"], line["error"], tuple(line["violations"]), line["seconds"]
+        )
+    except (KeyError, TypeError) as error:
+        raise CorruptRunError(
+            f"{EVALUATIONS}, line {number}, is not an evaluation ({type(error).__name__}: {error}). It was damaged "
+            "after it was written; delete that line to go on without it."
+        ) from error

@@ -1,0 +1,121 @@
+"""Where evaluations run: here, or in processes beside this one."""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import cloudpickle
+
+from netwright.core.errors import NetwrightError
+
+__all__ = ["Answer", "Workers"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an evaluation returned, or why it did not, and its time."""
+
+    value: Any
+    error: str | None
+    seconds: float
+
+
+class Workers(Generic[T]):
+    """Evaluates candidates, several at a time where ``count`` is more than one.
+
+    Each candidate is answered exactly once. What an evaluation raises is an answer; so is the death of its process,
+    after one more try alone, since a process that dies takes its neighbours along.
+
+    Args:
+        evaluate: called with the decisions of a candidate.
+        count: processes; with 1 evaluations run in this one.
+    """
+
+    def __init__(self, evaluate: Callable[[Mapping[str, Any]], Any], count: int) -> None:
+        self._evaluate, self.count = evaluate, count
+        self._payload = cloudpickle.dumps(evaluate) if count > 1 else b""
+        self._pool: ProcessPoolExecutor | None = None
+        self._running: dict[Future[Answer], tuple[T, Mapping[str, Any]]] = {}
+        self._ready: list[tuple[T, Answer]] = []
+
+    @property
+    def free(self) -> bool:
+        """Whether one more may start."""
+        return len(self._running) + len(self._ready) < self.count
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is to come."""
+        return bool(self._running or self._ready)
+
+    def submit(self, job: T, params: Mapping[str, Any]) -> None:
+        """Start one."""
+        if self.count == 1:
+            self._ready.append((job, _answer(self._evaluate, params)))
+            return
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(self.count, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            self._running[self._pool.submit(_remote, self._payload, dict(params))] = job, params
+        except BrokenProcessPool:
+            self._renew([])
+            self.submit(job, params)
+
+    def next(self) -> list[tuple[T, Answer]]:
+        """What ended; waits for at least one."""
+        done, self._ready = self._ready, []
+        if done or not self._running:
+            return done
+        ended, _ = wait(self._running, return_when=FIRST_COMPLETED)
+        lost = []
+        for future in ended:
+            job, params = self._running.pop(future)
+            try:
+                done.append((job, future.result()))
+            except BrokenProcessPool:
+                lost.append((job, params))
+        return done + self._renew(lost) if lost else done
+
+    def close(self) -> None:
+        """Stop; what runs is abandoned."""
+        if self._pool is not None:
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def _renew(self, lost: list[tuple[T, Mapping[str, Any]]]) -> list[tuple[T, Answer]]:
+        """Answers of the jobs of a broken pool, each tried once more in a process of its own."""
+        lost += list(self._running.values())
+        self._running.clear()
+        self.close()
+        return [(job, self._alone(params)) for job, params in lost]
+
+    def _alone(self, params: Mapping[str, Any]) -> Answer:
+        start = time.monotonic()
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                return pool.submit(_remote, self._payload, dict(params)).result()
+            except BrokenProcessPool:
+                return Answer(None, "its process died twice, without an exception", time.monotonic() - start)
+
+
+def _remote(payload: bytes, params: Mapping[str, Any]) -> Answer:
+    return _answer(cloudpickle.loads(payload), params)
+
+
+def _answer(evaluate: Callable[[Mapping[str, Any]], Any], params: Mapping[str, Any]) -> Answer:
+    start = time.monotonic()
+    try:
+        value = evaluate(dict(params))
+    except NetwrightError as error:
+        return Answer(None, str(error), time.monotonic() - start)
+    except Exception as error:  # whatever a candidate raises is its result: the search goes on
+        return Answer(None, f"{type(error).__name__}: {error}", time.monotonic() - start)
+    return Answer(value, None, time.monotonic() - start)

@@ -1,0 +1,183 @@
+"""``search.run``: any space, any evaluation, several objectives, hard constraints; resumable, and nothing twice."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import optuna
+from optuna.distributions import distribution_to_json
+from optuna.samplers import BaseSampler
+
+from netwright.core.console import ConsoleProgress
+from netwright.core.errors import RunDirectoryError, SettingError
+from netwright.core.rundir import RunDirectory
+from netwright.search._study import Search, line_of
+from netwright.search._workers import Workers
+from netwright.search.linas import LINASSampler
+from netwright.search.result import Direction, Limit, SearchResult
+from netwright.search.space import Params, SearchSpace
+
+__all__ = ["run"]
+
+Progress: TypeAlias = Callable[[float, str], None]
+
+
+def run(
+    space: SearchSpace,
+    evaluate: Callable[[Params], Mapping[str, float]],
+    objectives: Mapping[str, Direction],
+    *,
+    sampler: BaseSampler | None = None,
+    evaluations: int = 100,
+    out: str | Path | None = None,
+    resume: bool = False,
+    constraints: Sequence[str] = (),
+    seed: int = 0,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Search a space for the front of measured candidates.
+
+    Reach for it to optimize anything that can be evaluated: sub-networks of a supernet, compression policies, settings.
+    A candidate is evaluated once; what a sampler proposes again is answered from memory and costs no evaluation. An
+    invalid candidate is never evaluated. An evaluation that raises, or returns NaN, is recorded as failed with the
+    reason, and the search goes on. With ``out`` every finished evaluation is on disk before the next begins; after a
+    crash, or to spend more evaluations, call again with ``resume=True``.
+
+    Args:
+        space: what a candidate is.
+        evaluate: called with a candidate's decisions (those that count); returns metrics by name.
+        objectives: "maximize" or "minimize" for each metric that is an objective.
+        sampler: any Optuna sampler; None for :class:`~netwright.search.linas.LINASSampler`.
+        evaluations: how many candidates are evaluated in all, failed ones and those before a resumption included.
+        out: folder for the log, the study and the result; None keeps nothing.
+        resume: go on with the run in ``out``.
+        constraints: hard constraints on metrics, ``"latency_ms<=5"``; the metric need not be an objective.
+        seed: source of randomness of the default sampler and of random candidates.
+        workers: evaluations at a time; more than one run in processes of their own, and ``evaluate`` is sent there by
+            cloudpickle.
+        progress: called with the finished share and a word; None shows a bar with the time left.
+
+    Returns:
+        What was measured; its ``front`` holds measured, feasible candidates only.
+
+    Raises:
+        SettingError: no objective, an unknown direction, constraints that contradict each other, or no evaluations.
+        SpaceError: a space without a valid candidate.
+        RunDirectoryError: a folder that cannot be used, or a run of another space or other objectives.
+
+    Example:
+        >>> from optuna.distributions import IntDistribution
+        >>> space = SearchSpace({"width": IntDistribution(1, 64), "depth": IntDistribution(1, 8)})
+        >>> def evaluate(params):
+        ...     cost = params["width"] * params["depth"]
+        ...     return {"error": 1 / params["width"] + 1 / params["depth"], "cost": cost}
+        >>> goals = {"error": "minimize", "cost": "minimize"}
+        >>> found = run(space, evaluate, goals, evaluations=30, constraints=["cost<=128"])
+        >>> all(entry.metrics["cost"] <= 128 for entry in found.front)
+        True
+
+    Cost: beside the evaluations what the sampler takes, and one flushed line each.
+    """
+    limits = _checked(objectives, constraints, evaluations, workers)
+    space.sample(np.random.default_rng(seed))  # raises where no candidate is valid, before anything is written
+    settings = _settings(space, objectives, limits, seed)
+    if out is None:
+        if resume:
+            raise SettingError("resume needs a run to go on with. Give its folder as out.")
+        return _search(None, space, evaluate, objectives, limits, sampler, evaluations, seed, workers, progress)
+    folder = RunDirectory(Path(out))
+    with folder.open() if resume else folder.create(settings) as opened:
+        _same(opened, settings)
+        return _search(opened, space, evaluate, objectives, limits, sampler, evaluations, seed, workers, progress)
+
+
+def _search(
+    folder: RunDirectory | None,
+    space: SearchSpace,
+    evaluate: Callable[[Params], Mapping[str, float]],
+    objectives: Mapping[str, Direction],
+    limits: Sequence[Limit],
+    sampler: BaseSampler | None,
+    evaluations: int,
+    seed: int,
+    workers: int,
+    progress: Progress | None,
+) -> SearchResult:
+    search = Search(folder, space, objectives, limits, sampler or LINASSampler(space, seed=seed), seed)
+    pool: Workers[tuple[optuna.Trial, dict[str, Any]]] = Workers(evaluate, workers)
+    with ConsoleProgress("search") as bar:
+        tell = bar.update if progress is None else progress
+        try:
+            while True:
+                while pool.free and search.started < evaluations and (job := search.ask()) is not None:
+                    pool.submit(job, job[1])
+                if not pool.busy:
+                    break
+                for (trial, params), answer in pool.next():
+                    search.tell(trial, params, answer)
+                    tell(min(1.0, len(search.entries) / evaluations), search.words())
+        finally:
+            pool.close()
+            result = search.result()
+            if folder is not None:
+                folder.write("result.json", _summary(result))
+    return result
+
+
+def _checked(
+    objectives: Mapping[str, Direction], constraints: Sequence[str], evaluations: int, workers: int
+) -> list[Limit]:
+    """The constraints, read; raises where a setting is impossible."""
+    if not objectives:
+        raise SettingError("A search needs at least one objective, such as {'accuracy': 'maximize'}.")
+    for name, way in objectives.items():
+        if way not in ("maximize", "minimize"):
+            raise SettingError(f"Objective {name!r} must be 'maximize' or 'minimize', got {way!r}.")
+    for label, value in (("evaluations", evaluations), ("workers", workers)):
+        if value < 1:
+            raise SettingError(f"{label} must be at least 1, got {value}.")
+    limits = [Limit.parse(text) for text in ([constraints] if isinstance(constraints, str) else constraints)]
+    for above in (limit for limit in limits if limit.upper):
+        for below in (limit for limit in limits if not limit.upper and limit.metric == above.metric):
+            if below.bound > above.bound:
+                raise SettingError(
+                    f"Constraints {above} and {below} contradict each other: nothing can meet both. Drop one."
+                )
+    return limits
+
+
+def _settings(
+    space: SearchSpace, objectives: Mapping[str, Direction], limits: Sequence[Limit], seed: int
+) -> dict[str, Any]:
+    decisions = {name: distribution_to_json(distribution) for name, distribution in space.decisions.items()}
+    return {
+        "decisions": decisions,
+        "objectives": dict(objectives),
+        "constraints": [str(limit) for limit in limits],
+        "seed": seed,
+    }
+
+
+def _same(folder: RunDirectory, settings: Mapping[str, Any]) -> None:
+    stored = folder.read("run.json", *settings)
+    for name in ("decisions", "objectives", "constraints"):
+        if stored[name] != settings[name]:
+            raise RunDirectoryError(
+                f"{folder.path} holds a search with other {name}: {stored[name]}, not {settings[name]}. "
+                "Resume with the same, or give another folder."
+            )
+
+
+def _summary(result: SearchResult) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "objectives": dict(result.objectives),
+        "front": [line_of(entry) for entry in result.front],
+        "evaluations": len(result.evaluations),
+        "failed": len(result.failed),
+        "exhausted": result.exhausted,
+        "wall_s": result.seconds,
+        "proposing_s": result.proposing_s,
+    }

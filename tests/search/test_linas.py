@@ -1,0 +1,148 @@
+"""LINAS: the gain against exact hypervolumes, the warp, rules and constraints, exhaustive truth, conformance."""
+
+import itertools
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, IntDistribution
+
+from netwright.core.errors import SettingError
+from netwright.core.front import hypervolume, non_dominated
+from netwright.search import LINASSampler, Rule, SearchSpace
+from netwright.search._encoding import Encoding
+from netwright.search._gain import directions, front_rows, reach, volume
+from netwright.search._proposer import Measured, Scale, Settings, propose
+from netwright.testing._sampler import check_sampler
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def small(seed):
+    return LINASSampler(start=10, batch=8, population=60, generations=3, draws=8, seed=seed)
+
+
+def test_it_is_a_sampler():
+    check_sampler(small, trials=30)
+
+
+@pytest.mark.parametrize(("objectives", "tolerance"), [(1, 1e-12), (2, 0.005), (3, 0.03)])
+def test_volume_by_directions_is_the_hypervolume(objectives, tolerance):
+    rng = np.random.default_rng(objectives)
+    points, reference = rng.random((30, objectives)), np.full(objectives, 1.1)
+    along = directions(objectives, 2000)
+    found = volume(reach(points, reference, along).max(0), objectives)
+    assert found == pytest.approx(hypervolume(points, reference), rel=tolerance)
+    wider = np.concatenate([points, rng.random((1, objectives)) * 1e-3])
+    assert volume(reach(wider, reference, along).max(0), objectives) > found
+
+
+def test_front_by_blocks_is_the_front():
+    points = np.random.default_rng(0).random((1000, 2))
+    assert sorted(front_rows(points)) == np.flatnonzero(non_dominated(points)).tolist()
+
+
+def test_warp_is_one_to_one_linear_where_good_and_flat_where_bad():
+    values = np.linspace(-3, 300, 400)[:, None]
+    scale = Scale(np.concatenate([[[0.0], [1.0], [2.0]], values]), 3)
+    warped = scale.warp(values)
+    np.testing.assert_allclose(scale.unwarp(warped), (values - 1) / 1)
+    assert (np.diff(warped[:, 0]) > 0).all()
+    np.testing.assert_allclose(warped[values <= 1], (values - 1)[values <= 1])
+    assert warped[-1, 0] < 6
+    assert scale.reference().tolist() == [3.0]
+
+
+class Certain:
+    """Knows the truth."""
+
+    def __init__(self, column):
+        self.column = column
+
+    def predict(self, rows):
+        return rows[:, self.column], np.zeros(len(rows))
+
+
+def test_with_the_truth_known_the_batch_is_the_greedy_one_by_exact_hypervolume():
+    space = SearchSpace({name: CategoricalDistribution(tuple(range(5))) for name in "abc"})
+    encoding = Encoding(space)
+    genes = np.array(list(itertools.product(range(5), repeat=3)), dtype=float)
+    truth = np.random.default_rng(3).normal(size=(125, 2)) + 2
+    place = {row.tobytes(): number for number, row in enumerate(genes)}
+    known = Measured(genes[:20], truth[:20], np.zeros((20, 0)), np.ones(2))
+    scale = Scale(truth[:20], 20)
+    columns = iter([0, 1])
+
+    def look(rows):
+        return scale.warp(truth[[place[row.tobytes()] for row in rows]])
+
+    settings = Settings(4, 300, 6, 2, None, 20)
+    tried = set(encoding.keys(genes[:20]))
+    found = propose(encoding, known, tried, settings, 0, look=look, fit=lambda *_: Certain(next(columns)))
+    measured, wanted = list(truth[:20]), []
+    for _ in range(4):
+        volumes = [hypervolume([*measured, point], scale.reference()) for point in truth]
+        wanted.append(int(np.argmax(volumes)))
+        measured.append(truth[wanted[-1]])
+    assert [place[row.tobytes()] for row in found][:3] == wanted[:3]
+
+
+def test_nothing_twice_and_the_whole_of_a_small_space():
+    space = SearchSpace({"a": IntDistribution(0, 5), "b": CategoricalDistribution(tuple("uvwxy"))})
+    study = optuna.create_study(sampler=LINASSampler(space, start=6, batch=4, population=40, generations=3, seed=0))
+    for _ in range(30):
+        trial = study.ask(dict(space.decisions))
+        study.tell(trial, trial.params["a"])
+    assert len({tuple(trial.params.items()) for trial in study.trials}) == 30
+
+
+def test_rules_are_kept_in_start_and_search():
+    space = SearchSpace(
+        {"a": IntDistribution(0, 9), "b": IntDistribution(0, 9)},
+        rules=[Rule("b", lambda p: p["b"] >= p["a"], "b must be at least a")],
+    )
+    study = optuna.create_study(sampler=LINASSampler(space, start=8, batch=4, population=60, generations=3, seed=1))
+    for _ in range(28):
+        trial = study.ask(dict(space.decisions))
+        assert trial.params["b"] >= trial.params["a"]
+        study.tell(trial, trial.params["b"] - 2 * trial.params["a"])
+    assert study.best_value == -9
+
+
+def test_hard_constraints_steer():
+    study = optuna.create_study(sampler=LINASSampler(start=12, batch=6, seed=2))
+    space = {"x": IntDistribution(0, 60), "y": IntDistribution(0, 60)}
+    met = []
+    for _ in range(48):
+        trial = study.ask(space)
+        x, y = trial.params["x"], trial.params["y"]
+        trial.set_constraint("sum", x + y - 40)
+        met.append(x + y <= 40)
+        study.tell(trial, -x - 0.5 * y)
+    assert np.mean(met[24:]) > 0.6
+    best = min(trial.value for trial, ok in zip(study.trials, met, strict=True) if ok)
+    assert best <= -39
+
+
+def test_a_reference_in_the_signs_of_the_study():
+    def front(reference):
+        sampler = LINASSampler(start=10, batch=10, reference=reference, seed=0)
+        study = optuna.create_study(sampler=sampler, directions=["maximize", "minimize"])
+        for _ in range(40):
+            trial = study.ask({"x": IntDistribution(0, 400)})
+            x = trial.params["x"] / 400
+            study.tell(trial, [x, x**2])
+        return [trial.params["x"] / 400 for trial in study.trials[20:]]
+
+    assert np.mean(np.array(front((0.5, 0.6))) > 0.5) > 0.8
+    with pytest.raises(SettingError, match="reference has 3 values for 2 objectives"):
+        front((0.0, 1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"start": 1}, "start must be at least 2"), ({"batch": 0}, "batch"), ({"draws": 0}, "draws")],
+)
+def test_bad_settings(settings, words):
+    with pytest.raises(SettingError, match=words):
+        LINASSampler(**settings)

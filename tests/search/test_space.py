@@ -1,0 +1,112 @@
+"""Spaces: what belongs, what counts, who is to blame; genes and features of candidates."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from netwright.search import Graph, Rule, SearchSpace, SpaceError
+from netwright.search._encoding import Encoding
+from netwright.search.space import from_unit, to_unit
+
+BLOCKS = SearchSpace(
+    {
+        "blocks": IntDistribution(1, 2),
+        "width1": IntDistribution(8, 32, step=8),
+        "width2": IntDistribution(8, 32, step=8),
+    },
+    rules=[Rule("width2", lambda p: p["width2"] >= p["width1"], "a later block may not be narrower")],
+    active={"width2": lambda p: p["blocks"] > 1},
+)
+
+
+def test_check_names_the_decision_to_blame():
+    BLOCKS.check({"blocks": 2, "width1": 8, "width2": 16})
+    BLOCKS.check({"blocks": 1, "width1": 16})
+    for params, words in [
+        ({"blocks": 2, "width1": 16, "width2": 8}, "Decision 'width2' is invalid: a later block"),
+        ({"blocks": 3, "width1": 16, "width2": 16}, "Decision 'blocks' must be one of 1 to 2"),
+        ({"blocks": 2, "width1": 9, "width2": 16}, "'width1' must be one of 8 to 32 in steps of 8, got 9"),
+        ({"blocks": 2, "width1": 8}, "'width2' is missing"),
+        ({"blocks": 1, "width1": 8, "depth": 1}, "'depth' is no decision"),
+    ]:
+        with pytest.raises(SpaceError, match=words):
+            BLOCKS.check(params)
+
+
+def test_decisions_that_do_not_count_make_no_difference():
+    one, other = {"blocks": 1, "width1": 32, "width2": 8}, {"blocks": 1, "width1": 32, "width2": 16}
+    assert BLOCKS.valid(one)
+    assert BLOCKS.key(one) == BLOCKS.key(other) == (("blocks", 1), ("width1", 32))
+    encoding = Encoding(BLOCKS)
+    rows = np.array([encoding.genes(one), encoding.genes(other)])
+    assert len(set(encoding.keys(rows))) == 1
+    np.testing.assert_array_equal(*encoding.features(rows))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: SearchSpace({}), "The space is empty"),
+        (lambda: SearchSpace({"a": 3}), "'a' must be an Optuna distribution, got int"),
+        (
+            lambda: SearchSpace({"a": IntDistribution(0, 1)}, rules=[Rule("b", bool, "")]),
+            "speaks of 'b', which is no decision",
+        ),
+    ],
+)
+def test_impossible_spaces(make, words):
+    with pytest.raises(SpaceError, match=words):
+        make()
+
+
+def test_rules_that_contradict_each_other_are_named():
+    rules = [Rule("a", lambda p: p["a"] > 2, "above two"), Rule("a", lambda p: p["a"] < 2, "below two")]
+    with pytest.raises(SpaceError, match=r"None of 10000.*'a' \(above two\)"):
+        SearchSpace({"a": IntDistribution(0, 4)}, rules=rules).sample(np.random.default_rng(0))
+
+
+def test_size_and_samples():
+    assert BLOCKS.size == 2 * 4 * 4
+    assert SearchSpace({"x": FloatDistribution(0, 1)}).size == np.inf
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        BLOCKS.check(BLOCKS.sample(rng))
+
+
+@given(st.integers(-5, 5), st.integers(0, 9), st.integers(1, 4), st.integers(0, 9))
+def test_units_and_values_of_stepped_integers(low, span, step, place):
+    distribution = IntDistribution(low, low + span * step, step=step)
+    value = low + min(place, span) * step
+    assert from_unit(distribution, to_unit(distribution, value)) == value
+
+
+@given(st.floats(0, 1), st.sampled_from([FloatDistribution(-2, 3), FloatDistribution(1e-6, 1, log=True)]))
+def test_units_and_values_of_floats(unit, distribution):
+    value = from_unit(distribution, unit)
+    assert distribution.low <= value <= distribution.high
+    assert to_unit(distribution, value) == pytest.approx(unit, abs=1e-9)
+
+
+def test_genes_round_trip_and_features():
+    space = SearchSpace(
+        {
+            "n": IntDistribution(1, 100, log=True),
+            "x": FloatDistribution(0, 1),
+            "c": CategoricalDistribution(("a", "b")),
+        },
+        features=lambda p: [p["n"] ** 2],
+    )
+    encoding = Encoding(space)
+    genes = encoding.random(np.random.default_rng(0), 40)
+    again = np.array([encoding.genes(encoding.params(row)) for row in genes])
+    assert encoding.keys(genes) == encoding.keys(again)
+    features = encoding.features(genes)
+    assert features.shape == (40, 2 + 2 + 1)
+    assert features[:, -1].tolist() == [encoding.params(row)["n"] ** 2 for row in genes]
+
+
+def test_graph_without_a_label_keeps_the_ways():
+    graph = Graph(("in", "skip", "skip", "conv", "out"), ((0, 1), (1, 2), (2, 3), (3, 4), (1, 4)))
+    assert graph.without("skip") == Graph(("in", "conv", "out"), ((0, 1), (0, 2), (1, 2)))
