@@ -1,8 +1,8 @@
 """``python -m benchmarks.chita_scale``: time and memory of CHITA as a network grows, as JSON lines.
 
-Multilayer perceptrons of about a quarter, half and one million parameters, trained briefly on Fashion-MNIST, lose 90% of
-their weights; two threads, one process for each size, so that the peak of its memory is its own. The bytes of the peak
-above what the process held before, divided by the parameters, stay the same where memory is linear.
+Multilayer perceptrons of about a quarter, half and one million parameters, trained briefly on Fashion-MNIST, lose 90%
+of their weights; two threads, one process for each size, so that the peak of its memory is its own. The bytes of the
+peak above what the process held before, divided by the parameters, stay the same where memory is linear.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main() -> None:
     for width in asked.widths:
         options = ["--widths", str(width), "--threads", str(asked.threads), "--epochs", str(asked.epochs)]
         command = [sys.executable, "-m", "benchmarks.chita_scale", *options, "--ratio", str(asked.ratio)]
-        subprocess.run(command, check=True, cwd=Path(__file__).resolve().parents[1])  # noqa: S603
+        subprocess.run(command, check=True, cwd=Path(__file__).resolve().parents[1])
 
 
 if __name__ == "__main__":

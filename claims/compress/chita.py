@@ -17,8 +17,8 @@ from netwright.core.task import Task
 PAPER = 34
 CLAIM = (
     "With 2% of the weights of an MLP 784-40-20-10 on Fashion-MNIST left, without training, CHITA has a higher test "
-    "accuracy than greedy Optimal Brain Surgeon with the whole Hessian, in at most a tenth of its time, and at least 20 "
-    "points more than magnitude. (The figure is 0 where it takes longer.)"
+    "accuracy than greedy Optimal Brain Surgeon with the whole Hessian, in at most a tenth of its time, and at least "
+    "20 points more than magnitude. (The figure is 0 where it takes longer.)"
 )
 BETTER = "higher"
 RATIO = 0.98
@@ -62,7 +62,7 @@ def greedy(model: nn.Module, task: Task, method: CHITA, seed: int, together: int
 def surgery(problem: LeastSquares, count: int, together: int) -> Tensor:
     """Removes the weights with the least w²/(2 H⁻¹ᵢᵢ) until ``count`` are left; each time all others adapt.
 
-    H⁻¹ = (I - XᵀCX)/λ with C = (nλI + XXᵀ)⁻¹ is the whole dense inverse, in factors that make a removal O(np), not O(p²).
+    H⁻¹ = (I - XᵀCX)/λ with C = (nλI + XXᵀ)⁻¹ is the whole dense inverse, in factors: a removal is O(np), not O(p²).
     """
     ridge, rows, alive = problem.ridge, problem.rows, problem.anchor != 0
     w, out = problem.anchor, torch.zeros_like(problem.anchor)

@@ -30,8 +30,7 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
         fit(small, task, seed=seed, validate=False)
         tried.append((evaluate(small, task, "val"), evaluate(small, task, "test"), raw))
     best = max(tried)
-    left = sum(layer.weight.shape[0] for layer in ours.modules() if getattr(layer, "weight", None) is not None
-               and layer.weight.ndim > 1) - 10  # fmt: skip
+    left = sum(value.shape[0] for value in ours.parameters() if value.ndim > 1) - 10
     return {
         "method": evaluate(ours, task, "test"),
         "baseline": best[1],

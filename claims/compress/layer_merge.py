@@ -12,8 +12,8 @@ from netwright.core.task import Task
 PAPER = 100
 CLAIM = (
     "A plain network of four blocks 1x1-3x3-1x1 on 6,000 Fashion-MNIST images becomes at least 1.3 times as fast in "
-    "ONNX Runtime and loses less than one point of test accuracy (where not, its accuracy counts as 0), and has a higher "
-    "test accuracy than when layers are only left out, for the same latency limit and the same training."
+    "ONNX Runtime and loses less than one point of test accuracy (where not, its accuracy counts as 0), and has a "
+    "higher test accuracy than when layers are only left out, for the same latency limit and the same training."
 )
 BETTER = "higher"
 SEEDS = 3

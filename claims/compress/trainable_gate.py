@@ -3,7 +3,7 @@
 from torch import nn
 
 from claims._compress import small_cnn, task_of, trained
-from netwright.compress.prune import Prune
+from netwright.compress.prune import Prune, Saliency
 from netwright.compress.trainable_gate import TrainableGate
 from netwright.core.evaluate import evaluate
 from netwright.core.fit import fit
@@ -27,7 +27,7 @@ def cost(model: nn.Module, task: Task) -> int:
     return total_macs(export_model(model, task.example()))
 
 
-def uniform(model: nn.Module, task: Task, saliency: str, seed: int) -> nn.Module:
+def uniform(model: nn.Module, task: Task, saliency: Saliency, seed: int) -> nn.Module:
     """The same ratio in every layer, the smallest of a fine grid that meets the budget."""
     for ratio in (step / 64 for step in range(1, 64)):
         smaller = Prune(ratio, saliency=saliency)(model, task, seed=seed)

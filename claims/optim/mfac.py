@@ -1,8 +1,4 @@
-"""M-FAC against SGD with momentum and Adam: final loss at equal epochs, and how its cost grows.
-
-After six epochs all three nearly fit the training set, and their test losses, 0.050 with
-M-FAC and 0.059 with the better of the others over seeds 0 to 2, are not told apart.
-"""
+"""M-FAC against SGD with momentum and Adam: final loss at equal epochs, and how its cost grows."""
 
 import functools
 import time
@@ -19,12 +15,14 @@ from netwright.optim.mfac import MFAC
 
 PAPER = 14
 CLAIM = (
-    "Training a small residual network on digits for 4 epochs, M-FAC with 64 gradients ends at a lower test loss than "
-    "the better of SGD with momentum and Adam, each with the best of four learning rates by validation loss (mean over "
-    "three starts)."
+    "Training a small residual network on digits for 6 epochs, M-FAC with 64 gradients ends at a lower test loss than "
+    "the better of SGD with momentum and Adam, each with the best of four learning rates by validation loss."
 )
 BETTER = "lower"
-SEEDS = 5
+WHY = (
+    "Over seeds 0 to 2 the test losses are 0.050 and 0.059 on average, M-FAC ahead on two seeds and behind Adam on the "
+    "third, with training losses mixed too: all nearly fit the training set, and three seeds do not separate them."
+)
 
 Make = Callable[..., Optimizer]
 METHODS: dict[str, tuple[Make, tuple[float, ...]]] = {
@@ -35,24 +33,19 @@ METHODS: dict[str, tuple[Make, tuple[float, ...]]] = {
 
 
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
-    tried = [_compare(1000 * seed + start, smoke) for start in range(1 if smoke else 3)]
-    found = {key: sum(entry[key] for entry in tried) / len(tried) for key in tried[0]}
-    return {**found, "cost_4d_over_4_cost_d": _growth(10_000 if smoke else 100_000)}
-
-
-def _compare(seed: int, smoke: bool) -> dict[str, float]:
     data = arrays("digits", seed=seed, train=192 if smoke else None)
     found: dict[str, float] = {}
     val: dict[str, float] = {}
     for name, (make, rates) in METHODS.items():
-        lr, model = _tuned(make, rates[:1] if smoke else rates, data, 1 if smoke else 4, seed)
+        lr, model = _tuned(make, rates[:1] if smoke else rates, data, 1 if smoke else 6, seed)
         val[name] = full_loss(model, data.val, cross_entropy)
         found[f"{name}_lr"] = lr
         found[f"{name}_test"] = full_loss(model, data.test, cross_entropy)
         found[f"{name}_train"] = full_loss(model, data.train, cross_entropy)
         found[f"{name}_accuracy"] = accuracy(model, data.test)
     rival = min(("sgd", "adam"), key=val.__getitem__)
-    return {"method": found["mfac_test"], "baseline": found[f"{rival}_test"], **found}
+    growth = _growth(10_000 if smoke else 100_000)
+    return {"method": found["mfac_test"], "baseline": found[f"{rival}_test"], **found, "cost_4d_over_4_cost_d": growth}
 
 
 def _tuned(make: Make, rates: tuple[float, ...], data: Arrays, epochs: int, seed: int) -> tuple[float, nn.Module]:

@@ -20,7 +20,10 @@ CLAIM = (
     "the ratio of losses below 1.1."
 )
 BETTER = "lower"
-SEEDS = 8  # three place the mean only within 0.15
+WHY = (
+    "Over seeds 0 to 2 the ratio is 1.06 on average and below 1.1 each time, but three seeds place its mean only "
+    "within 0.98 and 1.13: on breast cancer alone U-DoG's test loss is 7% to 31% above that of SGD."
+)
 
 Optimizer = torch.optim.SGD | UDoG | DoG
 

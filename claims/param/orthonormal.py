@@ -17,8 +17,9 @@ CLAIM = (
 )
 BETTER = "higher"
 WHY = (
-    "With batch normalization the plain network trains at this depth and size too, and on the seeds of development "
-    "neither orthonormal filters nor modulated errors were ahead of it (0.66 and 0.57 against 0.70 on validation)."
+    "Over seeds 0 to 2 accuracy is 0.61 against 0.48 on average and ahead each time, but the interval of the difference "
+    "is -0.18 to 0.44: plain networks with batch normalization train at this depth and size too; modulated errors make "
+    "it worse (0.44)."
 )
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 

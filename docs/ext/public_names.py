@@ -20,6 +20,7 @@ PACKAGES = {
     "netwright.optim": "How parameters move: optimizers, schedules, clipping, averaging.",
     "netwright.param": "Where parameters start and how they are written.",
     "netwright.compress": "Transforms that make a network smaller and faster.",
+    "netwright.search": "Spaces, predictors and samplers: search on any evaluation.",
     "netwright.workshop": "The main job: target and task in, front out.",
     "netwright.report": "The HTML report and the terminal's table, from a run directory.",
     "netwright.testing": "Conformance suites for methods of your own.",

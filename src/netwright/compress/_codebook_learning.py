@@ -1,6 +1,7 @@
 """Codebooks and the mapping of weights to codewords, learned together."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,8 @@ class LearnedCodebooks(nn.Module):
         """The weight."""
         weight = codebooks[self.groups[:, None], self.index]
         if weight.requires_grad:
-            weight.register_hook(self._keep)
+            hear: Any = weight.register_hook  # torch leaves it without annotations
+            hear(self._keep)
         return weight.view(self.shape)
 
     def move(self, codebooks: Tensor, rate: float, proximal: bool) -> None:

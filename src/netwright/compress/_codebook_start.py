@@ -39,7 +39,8 @@ def alike(rows: Tensor, groups: int, generator: torch.Generator) -> Tensor:
         if torch.equal(moved, centres):
             break
         centres = moved
-    return torch.unique(found, return_inverse=True)[1]
+    numbered: Tensor = torch.unique(found, return_inverse=True)[1]
+    return numbered
 
 
 def kmeans(values: Tensor, words: int) -> Tensor:

@@ -23,7 +23,8 @@ def packed(index: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(bits, device=index.device, dtype=torch.int32)[:, None]
     planes = torch.bitwise_and(torch.bitwise_right_shift(flat, shifts), 1)
     powers = 2 ** torch.arange(8, device=index.device, dtype=torch.int32)
-    return (planes.unflatten(1, (-1, 8)) * powers).sum(-1).to(torch.uint8)
+    packed: Tensor = (planes.reshape(bits, -1, 8) * powers).sum(-1)
+    return packed.to(torch.uint8)
 
 
 def unpacked(planes: Tensor, count: int) -> Tensor:
@@ -91,4 +92,4 @@ def codebook_bytes(rows: int, count: int, groups: int, bits: int, width: int) ->
         bits: of one index.
         width: bytes of one codeword.
     """
-    return bits * -(-count // 8) + rows + groups * 2**bits * width
+    return int(bits * -(-count // 8) + rows + groups * 2**bits * width)

@@ -13,7 +13,7 @@ _ACTIVE = 1.5  # columns in the active set, in multiples of k
 _FALL = 1e-3  # relative fall of the objective below which a loop ends
 _HALVINGS = 10
 _FITTED = 1e-4  # share of the gradient inside the support below which the support counts as fitted
-_CHUNK = 1 << 20  # entries held in float64 at a time
+_WIDTH = 2048  # columns held in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class LeastSquares:
 
 
 def hard_threshold_step(problem: LeastSquares, w: Tensor, count: int, value: float) -> tuple[Tensor, float]:
-    r"""One step :math:`w \leftarrow P_k(w - \tau D^{-2} \nabla f(w))`, :math:`P_k` keeping the k largest of
-    :math:`|d \odot w|`.
+    r"""One step :math:`w \leftarrow P_k(w - \tau D^{-2} \nabla f(w))`.
 
+    :math:`P_k` keeps the k largest of :math:`|d \odot w|`.
     While the support stays, :math:`f` is a parabola in :math:`\tau`, whose lowest point is taken. Where the support
     changes before that, :math:`\tau` is doubled while the objective falls, or halved until it does.
 
@@ -126,30 +126,24 @@ def refit(problem: LeastSquares, index: Tensor) -> Tensor:
     """
     anchor = problem.anchor[index]
     right = (problem.target - problem.rows[:, index] @ anchor).double()
-    wide = len(index) >= len(right)
-    size = len(right) if wide else len(index)
-    gram = torch.zeros(size, size, dtype=torch.float64, device=right.device)
-    if wide:
-        for part in torch.split(index, max(1, _CHUNK // size)):
-            columns = problem.rows[:, part].double()
-            gram.addmm_(columns, columns.mT)
-    else:
+    if len(index) < len(right):
         columns = problem.rows[:, index].double()
         gram = columns.mT @ columns
-        right = columns.mT @ right
-    gram.diagonal().add_(problem.ridge * len(problem.target))
-    solution = torch.cholesky_solve(right[:, None], torch.linalg.cholesky(gram)).flatten()
-    if wide:
-        solution = torch.cat(
-            [problem.rows[:, part].double().mT @ solution for part in torch.split(index, max(1, _CHUNK // size))]
-        )
-    return anchor + solution.to(anchor)
+        gram.diagonal().add_(problem.ridge * len(right))
+        step = torch.cholesky_solve((columns.mT @ right)[:, None], torch.linalg.cholesky(gram)).flatten()
+    else:
+        gram = torch.zeros(len(right), len(right), dtype=torch.float64, device=right.device)
+        for part in index.split(_WIDTH):
+            columns = problem.rows[:, part].double()
+            gram.addmm_(columns, columns.mT)
+        gram.diagonal().add_(problem.ridge * len(right))
+        weights = torch.cholesky_solve(right[:, None], torch.linalg.cholesky(gram)).flatten()
+        step = torch.cat([problem.rows[:, part].double().mT @ weights for part in index.split(_WIDTH)])
+    return anchor + step.to(anchor)
 
 
-def solve_sparse(
-    problem: LeastSquares, start: Tensor, count: int, *, shrinkings: int = 1, steps: int = 50, rounds: int = 5
-) -> Tensor:
-    """A vector of at most ``count`` entries other than zero at which neither a step nor a refit lowers the objective.
+def solve_sparse(problem: LeastSquares, start: Tensor, count: int, *, steps: int = 50, rounds: int = 5) -> Tensor:
+    """A vector of at most ``count`` entries other than zero that neither steps nor a refit improve by much.
 
     Steps act on an active set, the ``1.5 count`` entries that a step from all of them would make largest; then the
     support is fitted exactly, and the gradient of all entries chooses the active set anew.
@@ -158,23 +152,11 @@ def solve_sparse(
         problem: what to minimize.
         start: ``(p,)``; thresholded first.
         count: k.
-        shrinkings: in how many equal ratios the support shrinks from that of ``start`` to ``count``; all but the last
-            have one round.
         steps: of hard thresholding in a round, at most.
         rounds: active sets, at most.
 
-    Cost: ``O(n p)`` for each round, ``O(n k)`` for each step, ``O(n**2 k + n**3)`` for each fit; ``1.5 n k`` words.
+    Cost: ``O(n p)`` for each round, ``O(n k)`` for each step, ``O(n**2 k + n**3)`` for each fit; ``3 n k`` words.
     """
-    have = max(count, int((start != 0).sum()))
-    w = start
-    for part in range(1, shrinkings + 1):
-        size = round(have * (count / have) ** (part / shrinkings))
-        w = _solve(problem, w, size, steps, rounds if part == shrinkings else 1)
-    return w
-
-
-def _solve(problem: LeastSquares, start: Tensor, count: int, steps: int, rounds: int) -> Tensor:
-    """:func:`solve_sparse` in one go."""
     w = start * largest((start * problem.scale).abs(), count)
     value = problem.value(w)
     for _ in range(rounds):
@@ -187,12 +169,7 @@ def _solve(problem: LeastSquares, start: Tensor, count: int, steps: int, rounds:
             inner, low = hard_threshold_step(part, inner, count, before)
             if low >= (1 - _FALL) * before:
                 break
-        index = inner.nonzero().flatten()
-        fitted = torch.zeros_like(inner)
-        fitted[index] = refit(part, index)
-        found = part.value(fitted)
-        if found < low:
-            inner, low = fitted, found
+        inner, low = _fitted(part, inner, low)
         fall = first - low
         if fall > 0:
             w = torch.zeros_like(w)
@@ -201,6 +178,15 @@ def _solve(problem: LeastSquares, start: Tensor, count: int, steps: int, rounds:
             break
         value -= fall
     return w
+
+
+def _fitted(problem: LeastSquares, w: Tensor, value: float) -> tuple[Tensor, float]:
+    """The exact fit on the support of ``w``, where rounding does not make it worse."""
+    index = w.nonzero().flatten()
+    fitted = torch.zeros_like(w)
+    fitted[index] = refit(problem, index)
+    found = problem.value(fitted)
+    return (fitted, found) if found < value else (w, value)
 
 
 def _active_set(problem: LeastSquares, w: Tensor, count: int) -> Tensor:

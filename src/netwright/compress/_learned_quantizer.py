@@ -31,7 +31,7 @@ def step_of(width: float, reach: float) -> float:
         >>> step_of(4.0, 7.0)
         1.0
     """
-    return reach / (2.0 ** (width - 1.0) - 1.0)
+    return float(reach / (2.0 ** (width - 1.0) - 1.0))
 
 
 def on_grid(x: Tensor, step: float, reach: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
@@ -150,38 +150,33 @@ def _is_own(user: Any, path: str) -> bool:
 def _calls(model: nn.Module, inputs: Inputs, layers: Mapping[str, Any]) -> tuple[dict[str, list[Any]], set[str]]:
     """Spatial extents before and after each call of each layer, for one item; and layers whose weight others look at.
 
-    Some modules ask their layers for a weight, if only for its type (``nn.TransformerEncoderLayer``), and would not
+    Some modules ask their layers for a weight (``nn.TransformerEncoderLayer`` for its fused operation), and would not
     find any in a chain.
     """
     found: dict[str, list[Any]] = {name: [] for name in layers}
     example = next((value for value in _tensors(inputs) if value.ndim), None)
     items = 1 if example is None else example.shape[0]
 
-    def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if isinstance(module, nn.Linear):
-                extent = (output.numel() / output.shape[-1] / items,)
-                found[name].append((extent, extent))
-            else:
-                dims = module.get_parameter("weight").ndim - 2
-                found[name].append((tuple(args[0].shape[-dims:]), tuple(output.shape[-dims:])))
+    def seen(name: str, before: Tensor, after: Tensor) -> None:
+        if isinstance(layers[name], nn.Linear):
+            extent = (after.numel() / after.shape[-1] / items,)
+            found[name].append((extent, extent))
+        else:
+            dims = layers[name].get_parameter("weight").ndim - 2
+            found[name].append((tuple(before.shape[-dims:]), tuple(after.shape[-dims:])))
 
-        return hook
-
-    hooks = [module.register_forward_hook(remember(name)) for name, module in layers.items()]
     device = next((value.device for value in model.parameters()), torch.device("cpu"))
-    try:
-        with torch.no_grad(), inference(model), _watched(layers) as read:
-            call(model, to_device(inputs, device))
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with torch.no_grad(), inference(model), _watched(layers, seen) as read:
+        call(model, to_device(inputs, device))
     return found, read
 
 
 @contextlib.contextmanager
-def _watched(layers: Mapping[str, Any]) -> Iterator[set[str]]:
-    """Names of layers whose weight is read outside their own call, as far as the block has come."""
+def _watched(layers: Mapping[str, Any], seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[set[str]]:
+    """Tell of each call of each layer; gives the names of those whose weight is read outside their own call.
+
+    By classes rather than hooks, for modules with hooks in them may take another path.
+    """
     read: set[str] = set()
     inside: set[str] = set()
     kinds = {name: type(module) for name, module in layers.items()}
@@ -195,7 +190,9 @@ def _watched(layers: Mapping[str, Any]) -> Iterator[set[str]]:
         def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             inside.add(name)
             try:
-                return kind.__call__(module, *args, **kwargs)
+                output = kind.__call__(module, *args, **kwargs)
+                seen(name, args[0] if args else next(iter(kwargs.values())), output)
+                return output
             finally:
                 inside.discard(name)
 

@@ -98,9 +98,9 @@ class StagedPruning:
         rows = gradient_rows(model, weights, task, count=self.gradients, items=self.batch_size, seed=seed)
         if self.noise:
             generator = torch.Generator(rows.device).manual_seed(seed)
-            scale = self.noise * float(rows.double().square().mean().sqrt())
+            spread = self.noise * float(rows.double().square().mean().sqrt())
             for row in rows:
-                row += scale * torch.randn(row.shape, generator=generator, dtype=row.dtype, device=row.device)
+                row += spread * torch.randn(row.shape, generator=generator, dtype=row.dtype, device=row.device)
         squares = torch.linalg.vector_norm(rows, dim=0).square() / len(rows)
         square = float(squares.mean())
         if square == 0.0:

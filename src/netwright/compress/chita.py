@@ -76,10 +76,11 @@ class CHITA(StagedPruning):
         Network Pruning with Combinatorial Optimization. 2023. arXiv:2302.14623.
 
     Differs: the scaling :math:`D` is ours; ``scaled=False`` is the paper's. At 2% of the weights of a small network it
-        is worth several points of accuracy. The exact fit of a support ends every round of thresholding, where the paper has coordinate descent or a
-        single fit at the end. Its variant for blocks of the Hessian is left out: the rows themselves, n words for each
-        weight, are then what takes memory. The ridge is relative to the gradients, so that one setting serves many
-        networks; the paper's is absolute and searched for. A step that would raise the objective is halved.
+        is worth several points of accuracy. The exact fit of a support ends every round of thresholding, where the
+        paper has coordinate descent or a single fit at the end. Its variant for blocks of the Hessian is left out: the
+        rows themselves, n words for each weight, are then what takes memory. The ridge is relative to the gradients, so
+        that one setting serves many networks; the paper's is absolute and searched for. A step that would raise the
+        objective is halved.
 
     Cost: for each stage ``n`` backward passes; memory ``n (p + 1.5 k)`` words, never ``p**2``; time ``O(n p)`` for
         each choice of columns, ``O(n k)`` for each step, and ``O(n**2 k + n**3)`` for each fit.

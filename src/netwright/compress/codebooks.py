@@ -176,7 +176,8 @@ class Codebooks:
 
     def _count(self, weight: Tensor) -> int:
         """How many codebooks a layer may have."""
-        return max(1, min(self.groups, weight.shape[0], weight.numel() // (_PER_WORD * 2**self.bits)))
+        most = weight.numel() // int(_PER_WORD * 2**self.bits)
+        return max(1, min(self.groups, weight.shape[0], most))
 
     def _smaller(self, layer: nn.Module) -> bool:
         weight = layer.get_parameter("weight")

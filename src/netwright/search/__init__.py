@@ -2,7 +2,7 @@
 
 from netwright.search.graphs import Graph
 from netwright.search.linas import LINASSampler
-from netwright.search.nasbench201 import NASBench201, nasbench201
+from netwright.search.nasbench201 import NASBench201, evaluations_to, nasbench201
 from netwright.search.predictors import BayesianRidge, Predictor, SupportVectors, TreeEnsemble, choose
 from netwright.search.result import Evaluation, Limit, SearchResult
 from netwright.search.run import run
@@ -26,6 +26,7 @@ __all__ = [
     "TreeEnsemble",
     "WLSampler",
     "choose",
+    "evaluations_to",
     "nasbench201",
     "run",
 ]

