@@ -11,8 +11,8 @@ from netwright.search.wl import subtrees
 
 PAPER = 290
 CLAIM = (
-    "On NAS-Bench-201 (CIFAR-100), the best validation accuracy that WLSampler has found after 100 evaluations is higher "
-    "than what random search has found after 1,000."
+    "On NAS-Bench-201 (CIFAR-100), the best validation accuracy that WLSampler has found after 100 evaluations is "
+    "higher than what random search has found after 1,000."
 )
 BETTER = "higher"
 SEEDS = 10

@@ -132,7 +132,7 @@ def items(inputs) -> list:
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet", "densenet", "mobilenet-v2", "unet", "siamese", "gated-mlp", "transformer", "pixel-shuffle", "hf-bert"],
+    ["resnet", "densenet", "mobilenet-v2", "siamese", "gated-mlp", "transformer", "pixel-shuffle"],
 )
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_zeroed_groups_are_cut_without_a_change(name, scope) -> None:
@@ -190,7 +190,7 @@ def test_step_sizes_are_the_recipes() -> None:
 
 def test_conforms() -> None:
     check_transform(lambda: OTO(0.5), models=small_tasks()[:1])
-    check_transform(lambda: OTO(0.4, scope="layer", projection="proximal"), models=small_tasks()[2:])
+    check_transform(lambda: OTO(0.4, scope="layer", projection="proximal"), models=small_tasks()[1:2])
 
 
 @pytest.mark.parametrize(

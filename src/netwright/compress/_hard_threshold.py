@@ -133,12 +133,12 @@ def refit(problem: LeastSquares, index: Tensor) -> Tensor:
         step = torch.cholesky_solve((columns.mT @ right)[:, None], torch.linalg.cholesky(gram)).flatten()
     else:
         gram = torch.zeros(len(right), len(right), dtype=torch.float64, device=right.device)
-        for part in index.split(_WIDTH):
+        for part in torch.split(index, _WIDTH):
             columns = problem.rows[:, part].double()
             gram.addmm_(columns, columns.mT)
         gram.diagonal().add_(problem.ridge * len(right))
         weights = torch.cholesky_solve(right[:, None], torch.linalg.cholesky(gram)).flatten()
-        step = torch.cat([problem.rows[:, part].double().mT @ weights for part in index.split(_WIDTH)])
+        step = torch.cat([problem.rows[:, part].double().mT @ weights for part in torch.split(index, _WIDTH)])
     return anchor + step.to(anchor)
 
 

@@ -33,7 +33,7 @@ class CHITA(StagedPruning):
 
     .. math:: w \leftarrow P_k\big(w - \tau D^{-2} \nabla f(w)\big), \qquad
               \nabla f(w) = \tfrac1n X^\top (X w - t) + \lambda (w - \bar w), \qquad
-              D_{ii}^2 = \tfrac1n \textstyle\sum_j X_{ji}^2 + \lambda,
+              D_{ii}^2 = \tfrac1n \sum_j X_{ji}^2 + \lambda,
 
     :math:`P_k` keeping the :math:`k` largest of :math:`|D w|`; with ``scaled=False``, :math:`D = I`. The step
     :math:`\tau` is exact while the support stays, and otherwise doubled while the objective falls. Steps act on the

@@ -37,7 +37,7 @@ class LowRank:
     which give two layers,
 
     .. math:: W x + b \approx U_{r_l} (U_{r_l}^\top W) x + b_l, \qquad r_l = \mathrm{round}(t\, e_l), \qquad
-              e_l = \exp\Big( -\sum_i p_i \log p_i \Big), \quad p_i = \sigma_i / \textstyle\sum_j \sigma_j
+              e_l = \exp\Big( -\sum_i p_i \log p_i \Big), \quad p_i = \sigma_i / \sum_j \sigma_j
 
     with :math:`e_l` the effective rank, between 1 and the rank, and :math:`t` the largest factor, common to all layers,
     at which the whole meets the budget. Layers that would not become cheaper stay whole. With ``metric="outputs"``

@@ -75,9 +75,9 @@ class LINASSampler(ModelSampler):
         batch is diverse by construction, tree ensembles stand beside ridge and support vectors, objectives are warped,
         and constraints have predictors of their own. What a run returns was measured.
 
-    Cost: with ``n`` observations and ``f`` features a fit takes ``O(f n log n)``, the inner search ``O(population *
-        generations * (trees log n + draws * directions))``; both once a batch. About 0.1 s a suggestion at 1,000
-        observations.
+    Cost: with ``n`` observations and ``f`` features a fit takes ``O(f n log n)``, the inner search
+        ``O(population * generations * (trees log n + draws * directions))``; both once a batch. About 0.1 s a
+        suggestion at 1,000 observations.
     """
 
     def __init__(

@@ -26,6 +26,7 @@ __all__ = ["DATA_SETS", "OPERATIONS", "NASBench201", "cell_features", "cell_grap
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 """What an edge may carry, in the order of the table's digits."""
 DATA_SETS = ("cifar10", "cifar100", "imagenet")
+"""The image data sets that every cell was trained on."""
 EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 """From which node to which the edges ``op0`` .. ``op5`` lead; node 0 is the input and node 3 the output."""
 _PATHS = ((3,), (0, 4), (1, 5), (0, 2, 5))

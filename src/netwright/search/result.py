@@ -15,6 +15,7 @@ from netwright.core.front import Front, hypervolume
 __all__ = ["Direction", "Evaluation", "Limit", "SearchResult"]
 
 Direction: TypeAlias = Literal["maximize", "minimize"]
+"""What is wanted of an objective."""
 _LIMIT = re.compile(r"\s*([A-Za-z_]\w*)\s*(<=|>=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
 
 

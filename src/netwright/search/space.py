@@ -16,6 +16,7 @@ from netwright.search.graphs import Graph
 __all__ = ["Params", "Rule", "SearchSpace", "SpaceError"]
 
 Params: TypeAlias = Mapping[str, Any]
+"""A candidate: the value of every decision by name."""
 _DRAWS = 10_000  # random candidates without a valid one before the rules count as contradictory
 
 
