@@ -19,33 +19,14 @@ from netwright.compress._codebook_learning import LearnedCodebooks, MappingSteps
 from netwright.compress._codebook_start import alike, kmeans, nearest
 from netwright.compress._codebook_storage import StoredCodebooks, attach, codebook_bytes, packed, unpacked
 from netwright.compress.codebooks import Codebooks
-from netwright.core import onnx_export
 from netwright.core.artifact import OnnxModule, export_onnx, load_weights, save_program, save_weights
 from netwright.core.errors import NothingToPruneError, TransformError
 from netwright.core.fit import fit
-from netwright.core.onnx_codebooks import compute_lookups, find_codebooks, store_codebooks
+from netwright.core.onnx_codebooks import find_codebooks
 from netwright.core.parametrized import fold_parametrizations
 from netwright.testing import check_transform, small_tasks
 from tests.compress.test_low_rank import task_for
 from tests.graph.zoo import build
-
-
-@pytest.fixture
-def wired(monkeypatch):
-    """The exporter that stores codebooks."""
-    convert, sparse = onnx_export._convert, onnx_export.onnx_sparse.store_sparse
-
-    def converted(program):
-        proto = convert(program)
-        compute_lookups(proto)
-        return proto
-
-    def stored(proto):
-        store_codebooks(proto)
-        sparse(proto)
-
-    monkeypatch.setattr(onnx_export, "_convert", converted)
-    monkeypatch.setattr(onnx_export.onnx_sparse, "store_sparse", stored)
 
 
 @given(st.integers(1, 8), st.integers(1, 40), st.randoms())
@@ -175,7 +156,7 @@ def test_found_codebooks_give_the_matrix_back(matrix) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_files_are_small_and_hold_the_same_numbers(bits, wired, tmp_path) -> None:
+def test_files_are_small_and_hold_the_same_numbers(bits, tmp_path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 64), nn.Tanh(), nn.Linear(64, 64)
@@ -208,7 +189,7 @@ def test_files_are_small_and_hold_the_same_numbers(bits, wired, tmp_path) -> Non
 
 
 @pytest.mark.parametrize("name", ["vgg", "transformer", "hf-gpt2", "mlp-mixer"])
-def test_works_on_architectures(name, wired, tmp_path) -> None:
+def test_works_on_architectures(name, tmp_path) -> None:
     model, inputs = build(name)
     task = task_for(model, inputs)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -235,7 +216,7 @@ def flat(model, inputs) -> list[torch.Tensor]:
     return list(found) if isinstance(found, tuple | list) else [found]
 
 
-def test_conforms(wired) -> None:
+def test_conforms() -> None:
     check_transform(lambda: Codebooks(2))
 
 

@@ -105,5 +105,5 @@ def test_refuses_models_and_tasks() -> None:
         SWAP()(task.model, dataclasses.replace(task, loss=None, fit=lambda model, **_: model))
     broken = network()
     broken[2].bias.data[0] = float("inf")
-    with pytest.raises(TransformError, match="SWAP: 2.bias has 1 values that are not finite"):
+    with pytest.raises(TransformError, match=r"SWAP: 2\.bias has 1 values that are not finite"):
         SWAP()(broken, task)

@@ -5,7 +5,16 @@ runner.
 """
 
 from netwright.testing._optimizer import check_optimizer, optimizer_properties
+from netwright.testing._sampler import check_sampler, sampler_properties
 from netwright.testing._tasks import small_tasks
 from netwright.testing._transform import check_transform, transform_properties
 
-__all__ = ["check_optimizer", "check_transform", "optimizer_properties", "small_tasks", "transform_properties"]
+__all__ = [
+    "check_optimizer",
+    "check_sampler",
+    "check_transform",
+    "optimizer_properties",
+    "sampler_properties",
+    "small_tasks",
+    "transform_properties",
+]
