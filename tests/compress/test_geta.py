@@ -194,7 +194,8 @@ def test_slopes_are_those_of_autograd(seed, width) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_the_file_holds_integers_of_the_learned_widths(position, tmp_path) -> None:
+def test_the_file_holds_integers_of_the_learned_widths(position, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("netwright.core.onnx_export._NARROW", 0)  # a byte each, to read them here
     task = small_tasks()[position]
     small = GETA(0.4, least_bits=3, most_bits=5)(task.model, task, budget=3)
     widths = GETA.widths(small)
