@@ -109,9 +109,9 @@ class Study:
             "epochs": outcome.epochs,
             "seed": outcome.request.seed,
         }
-        self._run.append(EVALUATIONS, line)
         entry = _entry(line)
-        self.entries.append(entry)
+        self.entries.append(entry)  # first, so that an interruption while it is written out still counts it
+        self._run.append(EVALUATIONS, line)
         if entry.point is None:
             self.failed += 1
             self._study.tell(proposal.trial, state=TrialState.FAIL)
