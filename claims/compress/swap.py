@@ -4,6 +4,7 @@ from claims._compress import small_mlp, task_of, trained
 from netwright.compress.chita import CHITA
 from netwright.compress.swap import SWAP
 from netwright.core.evaluate import evaluate
+from netwright.core.transform import Transform
 
 PAPER = 80
 CLAIM = (
@@ -22,7 +23,7 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     count = 16 if smoke else 128
     found: dict[str, float] = {}
     for suffix, noise in (("", NOISE), ("_without_noise", 0.0)):
-        methods = {
+        methods: dict[str, list[Transform]] = {
             "method": [SWAP(0.9, 4, count, noise=noise, eps=eps) for eps in EPS],
             "baseline": [CHITA(0.9, 4, count, noise=noise, ridge=ridge) for ridge in RIDGES],
         }
