@@ -7,7 +7,7 @@ import optuna
 
 from netwright.search import NASBench201, WLSampler, nasbench201
 from netwright.search.nasbench201 import OPERATIONS, cell_graph
-from netwright.search.wl import subtrees
+from netwright.search.wl_process import subtrees
 
 PAPER = 290
 CLAIM = (

@@ -8,7 +8,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from netwright.core.errors import SettingError
 from netwright.search import Graph, SearchSpace, WLSampler
 from netwright.search._encoding import Encoding
-from netwright.search.wl import WLProcess, subtrees
+from netwright.search.wl_process import WLProcess, subtrees
 from netwright.testing._sampler import check_sampler
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
