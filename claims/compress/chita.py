@@ -22,7 +22,8 @@ CLAIM = (
 )
 BETTER = "higher"
 RATIO = 0.98
-TOGETHER = 4  # weights that the surgeon removes at a time, by an exact joint update
+TOGETHER = 4  # weights that the surgeon removes at a time, by an exact joint update; greedy in its strict sense is 1
+# (With 16 and the same stages it was 5.5 times as slow as CHITA on seed 10, at the same accuracy on val.)
 
 
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:

@@ -66,14 +66,18 @@ def check_choice(owner: object, name: str, value: Any, known: Collection[str]) -
 
 
 def check_weights(owner: object, model: nn.Module) -> None:
-    """Weights that can be ranked.
+    """Weights that can be ranked. Buffers may hold minus infinity, as masks of attention do.
 
     Raises:
         TransformError: a parameter or buffer with NaN or infinite values.
     """
+    buffers = {name for name, _ in model.named_buffers()}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            count = int((~value.isfinite()).sum())
+        if not value.is_floating_point():
+            continue
+        sound = value.isfinite() | (value.isneginf() if name in buffers else False)
+        if not bool(sound.all()):
+            count = int((~sound).sum())
             raise TransformError(
                 f"{_name(owner)}: {name} has {count} values that are not finite. Train the model again, or restore a "
                 "sound checkpoint."

@@ -5,8 +5,8 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
+from netwright.compress._groups import input_dim
 from netwright.compress._trainable_gate_macs import MacModel
 from netwright.core.data import Inputs
 from netwright.core.fit import StepHook
@@ -42,17 +42,12 @@ def gated_places(graph: Graph, model: nn.Module, groups: Sequence[Group], inputs
     places: dict[str, list[Place]] = {}
     for group in groups:
         known = [place for place in group.places if place.parameter in shapes]
-        readers = [place for place in known if shapes[place.parameter] > 1 and place.dim == _input_dim(model, place)]
+        readers = [place for place in known if shapes[place.parameter] > 1 and place.dim == input_dim(model, place)]
         units = list(range(group.size // 2))
         closed = _without(model, readers, units)
         same = readers and not difference(graph.zero(model, {group.name: units}), closed, inputs, _AGREES)
         places[group.name] = list(readers if same else known)
     return places
-
-
-def _input_dim(model: nn.Module, place: Place) -> int:
-    module = model.get_submodule(place.parameter.rpartition(".")[0])
-    return 0 if isinstance(module, _ConvTransposeNd) or type(module).__name__ == "Conv1D" else 1
 
 
 @torch.no_grad()

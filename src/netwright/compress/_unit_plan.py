@@ -9,8 +9,8 @@ from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
+from netwright.compress._groups import input_dim, without_excluded
 from netwright.compress._settings import check_choice, check_ratio, check_weights
 from netwright.compress._sparse_recipe_masks import checked_names
 from netwright.compress._unit_vectors import Places, UnitVectors
@@ -157,16 +157,11 @@ def plan(owner: Structured, model: nn.Module, task: Task) -> Plan:
     """
     check_weights(owner, model)
     graph = trace(model, task.example())
-    known = graph.require_groups()
-    for name in owner.exclude:
-        if name not in [group.name for group in known]:
-            names = ", ".join(group.name for group in known)
-            raise TransformError(f"{type(owner).__name__}.exclude names no group {name!r}; there are {names}.")
-    groups = [group for group in known if group.name not in owner.exclude and group.exact]
+    groups = [group for group in without_excluded(owner, graph, owner.exclude) if group.exact]
     if not groups:
         raise NothingToPruneError(
-            f"{type(owner).__name__}: of the {len(known)} groups of this model exclude={list(owner.exclude)!r} leaves "
-            "none whose units can be zeroed without changing the others. Prune(inexact=True) takes those."
+            f"{type(owner).__name__}: of the {len(graph.groups)} groups of this model exclude={list(owner.exclude)!r} "
+            "leaves none whose units can be zeroed without changing the others. Prune(inexact=True) takes those."
         )
     goal = goal_of(owner, groups)
     return Plan(graph, groups, producing(graph, model, groups, task), goal)
@@ -182,7 +177,7 @@ def producing(graph: Graph, model: nn.Module, groups: Sequence[Group], task: Tas
     found: dict[str, list[Place]] = {}
     for group in groups:
         known = [place for place in group.places if place.parameter in shapes]
-        makers = [p for p in known if shapes[p.parameter] == 1 or p.dim != _input_dim(model, p)]
+        makers = [p for p in known if shapes[p.parameter] == 1 or p.dim != input_dim(model, p)]
         units = list(range(group.size // 2))
         copy = deepcopy(model)
         gone = torch.arange(group.size) < len(units)
@@ -190,13 +185,6 @@ def producing(graph: Graph, model: nn.Module, groups: Sequence[Group], task: Tas
         same = makers and not difference(graph.zero(model, {group.name: units}), copy, task.example(), _AGREES)
         found[group.name] = makers if same else known
     return found
-
-
-def _input_dim(model: nn.Module, place: Place) -> int:
-    module = model.get_submodule(place.parameter.rpartition(".")[0])
-    if isinstance(module, nn.Embedding):
-        return -1  # a table's columns are what it puts out
-    return 0 if isinstance(module, _ConvTransposeNd) or type(module).__name__ == "Conv1D" else 1
 
 
 class UnitHook(StepHook):

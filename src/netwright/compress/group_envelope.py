@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from netwright.compress._group_envelope_prox import envelope_prox
+from netwright.compress._groups import chosen_groups
 from netwright.compress._settings import check_number, check_ratio, check_weights
 from netwright.compress._sparse_recipe_masks import checked_names, shared_epochs
 from netwright.compress._trainable_gate_hook import gated_places
 from netwright.compress._training import train
-from netwright.core.errors import NothingToPruneError, TransformError
+from netwright.core.errors import TransformError
 from netwright.core.fit import StepHook
-from netwright.core.graph import Graph, Group, Place, trace
+from netwright.core.graph import Group, Place, trace
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -127,7 +128,7 @@ class GroupEnvelope:
         report = progress or (lambda fraction, what: None)
         report(0.0, "tracing")
         graph = trace(model, task.example())
-        groups = self._groups(graph)
+        groups = chosen_groups(self, graph, self.exclude, self.inexact, "prune")
         k = self._count(groups)
         result = deepcopy(model)
         places = gated_places(graph, model, groups, task.example())
@@ -160,20 +161,6 @@ class GroupEnvelope:
     def factors(self, norms: Tensor, k: int, share: float) -> Tensor:
         """What a step multiplies units of lengths ``norms`` ``(n,)`` by, where ``share`` of the strength is spent."""
         return envelope_prox(norms, k, self.strength * share)
-
-    def _groups(self, graph: Graph) -> list[Group]:
-        known = graph.require_groups()
-        names = [group.name for group in known]
-        for name in self.exclude:
-            if name not in names:
-                raise TransformError(f"GroupEnvelope.exclude names no group {name!r}; there are {', '.join(names)}.")
-        groups = [group for group in known if group.name not in self.exclude and (group.exact or self.inexact)]
-        if not groups:
-            raise NothingToPruneError(
-                f"Of the {len(known)} groups of this model exclude={list(self.exclude)!r} and inexact={self.inexact} "
-                "leave none to prune."
-            )
-        return groups
 
     def _count(self, groups: Sequence[Group]) -> int:
         size = sum(group.size for group in groups)

@@ -8,14 +8,15 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from netwright.compress._groups import chosen_groups
 from netwright.compress._saliency import saliency_magnitude
 from netwright.compress._settings import check_choice, check_number, check_ratio, check_weights
 from netwright.compress._sparse_recipe_masks import checked_names, shared_epochs
 from netwright.compress._trainable_gate_hook import GateTraining, gated_places
 from netwright.compress._trainable_gate_macs import MacModel, closed_units
 from netwright.compress._training import train
-from netwright.core.errors import NothingToPruneError, TransformError
-from netwright.core.graph import Graph, Group, export_model, trace
+from netwright.core.errors import TransformError
+from netwright.core.graph import Graph, export_model, trace
 from netwright.core.graph.macs import total_macs
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
@@ -139,7 +140,7 @@ class TrainableGate:
         report = progress or (lambda fraction, what: None)
         report(0.0, "tracing")
         graph = trace(model, task.example())
-        groups = self._groups(graph)
+        groups = chosen_groups(self, graph, self.exclude, self.inexact, "gate")
         macs = MacModel(graph, groups)
         result = deepcopy(model)
         values = {group.name: _start(saliency_magnitude(model, group)) for group in groups}
@@ -185,20 +186,6 @@ class TrainableGate:
         )
         report(1.0, f"met {self.macs:.3g} of the multiply-accumulates")
         return smaller.eval()
-
-    def _groups(self, graph: Graph) -> list[Group]:
-        known = graph.require_groups()
-        names = [group.name for group in known]
-        for name in self.exclude:
-            if name not in names:
-                raise TransformError(f"TrainableGate.exclude names no group {name!r}; there are {', '.join(names)}.")
-        groups = [group for group in known if group.name not in self.exclude and (group.exact or self.inexact)]
-        if not groups:
-            raise NothingToPruneError(
-                f"Of the {len(known)} groups of this model exclude={list(self.exclude)!r} and inexact={self.inexact} "
-                "leave none to gate."
-            )
-        return groups
 
     def _cut(self, graph: Graph, model: nn.Module, macs: MacModel, values: dict[str, Tensor], task: Task) -> nn.Module:
         """The smaller model, within the budget as counted on itself; what a cautious count left over is spent."""
