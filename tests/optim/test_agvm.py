@@ -306,12 +306,12 @@ class Observed(AGVM):
 
 def test_conforms_while_observing():
     # add_group: factors depend on which parameters make a group, and Observed splits the first group in two
-    check_optimizer(Observed, coupled=True, complex=True, steps=400, skip=["add_group"])
+    check_optimizer(Observed, coupled=True, complex=True, steps=1000, skip=["add_group"])
 
 
 def test_conforms_without_observing():
     check_optimizer(
-        lambda params: AGVM(torch.optim.SGD(params, lr=0.1, momentum=0.9)), complex=True, sparse=True, steps=400
+        lambda params: AGVM(torch.optim.SGD(params, lr=0.1, momentum=0.9)), complex=True, sparse=True, steps=1000
     )
 
 
