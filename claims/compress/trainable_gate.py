@@ -1,5 +1,7 @@
 """Widths learned by gates under a budget of multiply-accumulates against the same share cut from every layer."""
 
+import bisect
+
 from torch import nn
 
 from claims._compress import small_cnn, task_of, trained
@@ -28,12 +30,14 @@ def cost(model: nn.Module, task: Task) -> int:
 
 
 def uniform(model: nn.Module, task: Task, saliency: Saliency, seed: int) -> nn.Module:
-    """The same ratio in every layer, the smallest of a fine grid that meets the budget."""
-    for ratio in (step / 64 for step in range(1, 64)):
-        smaller = Prune(ratio, saliency=saliency)(model, task, seed=seed)
-        if cost(smaller, task) <= MACS * cost(model, task):
-            return fit(smaller, task, seed=seed, teacher=model, validate=False).model
-    raise AssertionError("some ratio meets the budget")
+    """The same ratio in every layer, the smallest of a fine grid that meets the budget: costs fall along it."""
+    limit = MACS * cost(model, task)
+
+    def cut(step: int) -> nn.Module:
+        return Prune(step / 64, saliency=saliency)(model, task, seed=seed)
+
+    first = bisect.bisect_left(range(1, 63), True, key=lambda step: cost(cut(step), task) <= limit) + 1
+    return fit(cut(first), task, seed=seed, teacher=model, validate=False).model
 
 
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
