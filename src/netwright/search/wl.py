@@ -65,6 +65,7 @@ class WLSampler(ModelSampler):
     Example:
         >>> from optuna.distributions import CategoricalDistribution
         >>> import optuna
+        >>> from netwright.search import Graph
         >>> optuna.logging.set_verbosity(optuna.logging.ERROR)
         >>> def graph(params):
         ...     names = [params[f"layer{place}"] for place in range(4)]
