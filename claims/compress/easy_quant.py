@@ -15,6 +15,7 @@ CLAIM = (
     "similarity than with the better of min-max and percentile calibration on the same 256 images."
 )
 BETTER = "lower"
+SEEDS = 5
 ITEMS = 256
 
 

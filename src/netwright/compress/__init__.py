@@ -18,6 +18,7 @@ from netwright.compress.meta_aug import MetaAug
 from netwright.compress.ompq import OMPQ
 from netwright.compress.oto import OTO
 from netwright.compress.prune import Prune
+from netwright.compress.prune_branches import PruneBranches
 from netwright.compress.quantize import Int8
 from netwright.compress.sparse_recipe import SparseRecipe
 from netwright.compress.stable_cp import StableCP
@@ -45,6 +46,7 @@ __all__ = [
     "LowRank",
     "MetaAug",
     "Prune",
+    "PruneBranches",
     "Row",
     "SparseRecipe",
     "StableCP",

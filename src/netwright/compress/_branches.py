@@ -1,0 +1,105 @@
+"""Residual branches of a traced graph: what is added to a skip, and taking it away."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from netwright.compress._fold import op_name
+
+__all__ = ["Branch", "find_branches", "remove"]
+
+_SUMS = {"add", "add_"}
+_RECTIFIERS = {"relu", "relu_"}
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One side of a sum that both sides of the same value go into.
+
+    Args:
+        name: the module that holds its first parameters.
+        sum: the node that adds it.
+        skip: which argument of the sum is the skip.
+    """
+
+    name: str
+    sum: fx.Node
+    skip: int
+
+
+def find_branches(module: fx.GraphModule) -> list[Branch]:
+    """The branches in the order of their sums.
+
+    A sum of two tensors of its own shape has one where both sides come from the same activation, and where one side has
+    parameters of its own and is read by the sum alone. Of two such sides the one with more operations is the branch and
+    the other the skip. Names are unique: a branch that begins where another one does is named by its last module too.
+    """
+    found: list[Branch] = []
+    before = _ancestors(module.graph)
+    weights = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for node in module.graph.nodes:
+        if op_name(node) not in _SUMS or node.kwargs or not _same_shapes(node):
+            continue
+        left, right = (before[each] | {each: None} for each in node.args[:2])
+        if left == right or not any(map(_is_activation, left.keys() & right.keys())):
+            continue
+        sides = [
+            ([each for each in own if each not in other], skip)
+            for own, other, skip in ((left, right, 1), (right, left, 0))
+        ]
+        able = [(own, skip) for own, skip in sides if _owners(own, weights) and _alone(own, node)]
+        if able:
+            own, skip = max(able, key=lambda side: sum(each.op == "call_function" for each in side[0]))
+            owners = _owners(own, weights)
+            taken = any(branch.name == owners[0] for branch in found)
+            name = f"{owners[0]}...{owners[-1]}" if taken else owners[0]
+            found.append(Branch(name, node, skip))
+    return found
+
+
+def remove(graph: fx.Graph, branches: Iterable[Branch]) -> None:
+    """Leave the skip in the place of every sum; what only the branches needed goes with them."""
+    for branch in branches:
+        skip = branch.sum.args[branch.skip]
+        assert isinstance(skip, fx.Node)
+        branch.sum.replace_all_uses_with(skip)
+    for node in list(graph.nodes):
+        if op_name(node) in _RECTIFIERS and op_name(node.args[0]) in _RECTIFIERS:
+            node.replace_all_uses_with(node.args[0])
+    graph.eliminate_dead_code()
+
+
+def _ancestors(graph: fx.Graph) -> dict[fx.Node, dict[fx.Node, None]]:
+    """All that a node depends on, in the order of the graph."""
+    found: dict[fx.Node, dict[fx.Node, None]] = {}
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        needed = set(node.all_input_nodes).union(*(found[each] for each in node.all_input_nodes))
+        found[node] = dict.fromkeys(sorted(needed, key=place.__getitem__))
+    return found
+
+
+def _same_shapes(node: fx.Node) -> bool:
+    sides = node.args[:2]
+    values = [each.meta.get("val") for each in (node, *sides) if isinstance(each, fx.Node)]
+    shapes = [each.shape for each in values if isinstance(each, Tensor)]
+    return len(sides) == 2 and len(shapes) == 3 and shapes.count(shapes[0]) == 3
+
+
+def _is_activation(node: fx.Node) -> bool:
+    """Whether a node is a tensor of real numbers that is computed or given; not a weight, not a length."""
+    value = node.meta.get("val")
+    return node.op in ("call_function", "placeholder") and isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _owners(nodes: Iterable[fx.Node], weights: Collection[str]) -> list[str]:
+    """The modules whose parameters the operations among ``nodes`` take, in the order of the graph."""
+    read = [each for node in nodes if node.op == "call_function" for each in node.all_input_nodes]
+    return list(dict.fromkeys(str(each.target).rpartition(".")[0] for each in read if each.target in weights))
+
+
+def _alone(own: Iterable[fx.Node], end: fx.Node) -> bool:
+    """Whether nothing but the sum reads the tensors that a side computes; weights and lengths may be shared."""
+    computed = {node for node in own if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)}
+    return all(user in computed or user is end for node in computed for user in node.users)

@@ -1,0 +1,7 @@
+import pytest
+from smoke import check, scripts
+
+
+@pytest.mark.parametrize("name", scripts("compress"))
+def test_it_still_works(name, capsys):
+    check(name, capsys)
