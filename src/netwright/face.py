@@ -7,7 +7,7 @@ from typing import Any, Literal
 from netwright.core.console import ConsoleProgress
 from netwright.core.task import Task
 from netwright.report import write_report
-from netwright.workshop import Job, Measuring, parse_budget, parse_keep, parse_steps, parse_targets, run_job
+from netwright.workshop import Job, Measuring, Sampler, parse_budget, parse_keep, parse_steps, parse_targets, run_job
 
 __all__ = ["optimize"]
 
@@ -27,13 +27,15 @@ def optimize(
     batch: int = 1,
     threads: int = 1,
     steps: str | Sequence[str] | None = None,
+    sampler: Sampler = "linas",
     command: str = "",
 ) -> dict[str, Any]:
     """Make a network faster and smaller: a task and a target in, a front, a model and a report out.
 
-    Trains the baseline (or takes a trained one), searches pruning and quantization with every candidate measured on
-    this machine, recovers the best in full, and writes to ``out``: ``result.json``, ``report.html``, ``model.onnx``,
-    ``model.pt2``, ``model.safetensors``, ``recipe.json``. The model files load without Netwright.
+    Trains the baseline (or takes a trained one), searches pruning of units and branches, quantization and codebooks,
+    with every candidate measured on this machine, recovers the best in full, and writes to ``out``: ``result.json``,
+    ``report.html``, ``model.onnx``, ``model.pt2``, ``model.safetensors``, ``recipe.json``. The model files load
+    without Netwright.
 
     Args:
         task: a :class:`netwright.Task`, or a name as on the command line.
@@ -51,6 +53,8 @@ def optimize(
         threads: threads of a measured call.
         steps: what may be done to the network, such as ``"prune,int8"``; by default everything in
             :data:`netwright.workshop.STEPS`.
+        sampler: what proposes candidates: "linas" for evolution on predictors of what was measured, "nsga2" for
+            evolution on the measurements themselves.
         command: the command that repeats the run, for the report.
 
     Returns:
@@ -73,6 +77,7 @@ def optimize(
         evaluations=evaluations,
         measuring=Measuring(batch=batch, threads=threads),
         steps=parse_steps(steps),
+        sampler=sampler,
         command=command,
     )
     with ConsoleProgress(f"optimize {name}") as progress:

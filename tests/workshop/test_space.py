@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from netwright.compress import Prune
 from netwright.core.errors import TargetError
 from netwright.workshop.point import key
-from netwright.workshop.space import STEPS, Space, parse_steps
+from netwright.workshop.space import Droppable, Space, parse_steps
 
 GROUPS = st.lists(st.integers(1, 200), min_size=1, max_size=5).map(
     lambda sizes: tuple((f"layer{number}", size) for number, size in enumerate(sizes))
@@ -21,7 +21,7 @@ def proposals(draw: st.DrawFn) -> tuple[Space, dict]:
     groups = draw(GROUPS)
     space = Space(groups, draw(st.none() | st.just({"activation": "uint8"})))
     values: dict = {
-        "keep": draw(st.floats(space.least, 1.0)),
+        "thin": draw(st.integers(0, space.thinnest)),
         "saliency": draw(st.sampled_from(["magnitude", "taylor"])),
     }
     for name, _ in groups:
@@ -48,7 +48,7 @@ def test_every_proposal_leaves_a_unit_in_every_group(given_: tuple[Space, dict])
             for name, ratio in pruned.ratios.items():
                 removed = math.floor(ratio * sizes[name] + 1e-9)  # what Prune takes
                 assert 1 <= removed < sizes[name]
-                wanted = min(1.0, values["keep"] * 2 ** values[f"offset/{name}"])
+                wanted = min(1.0, 2 ** (values[f"offset/{name}"] - values["thin"] / 4))
                 left = sizes[name] - removed
                 assert abs(left - wanted * sizes[name]) <= 0.5 + 1e-6 or left == 1
     assert any(step.method.endswith(":Int8") for step in steps) == bool(values.get("int8"))
@@ -72,13 +72,13 @@ def test_the_ladder_is_valid_and_goes_from_small_to_whole(int8: dict | None) -> 
         for name, value in values.items():
             distribution = space.distributions()[name]
             assert distribution._contains(distribution.to_internal_repr(value))
-    kept = [values["keep"] for values in ladder]
-    assert min(kept) < 0.1
-    assert max(kept) == 1.0
+    levels = [values["thin"] for values in ladder]
+    assert max(levels) > 12
+    assert min(levels) == 0
     keys = [key(space.steps(values)) for values in ladder if space.steps(values)]
     assert len(keys) == len(set(keys))
     if int8 is not None:
-        both = [values["int8"] for values in ladder if values["keep"] == ladder[0]["keep"]]
+        both = [values["int8"] for values in ladder if values["thin"] == ladder[0]["thin"]]
         assert both == [True, False], "the middle rung is tried with and without"
 
 
@@ -98,15 +98,57 @@ def test_without_groups_only_precision_is_left() -> None:
 
 def test_offsets_move_one_group_only() -> None:
     space = Space((("a", 100), ("b", 100)), None)
-    (step,) = space.steps({"keep": 0.5, "offset/a": -1.0, "offset/b": 0.5})
+    (step,) = space.steps({"thin": 4, "offset/a": -1.0, "offset/b": 0.5})
     assert step.settings["ratios"] == pytest.approx({"a": 0.75, "b": 1 - 0.71})
 
 
 def test_steps_are_named_in_any_order() -> None:
     assert parse_steps(None) is None
-    assert parse_steps(" int8 , prune") == STEPS[:2]
+    assert parse_steps(" int8 , prune") == ("prune", "int8")
     assert parse_steps(["prune"]) == ("prune",)
     with pytest.raises(TargetError, match="'prun' is no step of optimize"):
         parse_steps("prun")
     with pytest.raises(TargetError, match="No step is named"):
         parse_steps([])
+
+
+BRANCHES = (Droppable("second", ("b",)), Droppable("first", ("a",)))
+
+
+def test_branches_go_with_their_groups_and_most_dispensable_first() -> None:
+    space = Space((("a", 16), ("b", 16), ("c", 16)), None, BRANCHES)
+    prune, drop = space.steps({"thin": 4, "branches": 1, "offset/c": -1.0})
+    assert prune.settings["ratios"] == {"a": 0.5, "c": 0.75}
+    assert drop.method == "netwright.compress:PruneBranches"
+    assert drop.settings == {"drop": ["second"]}
+    assert space.steps({"thin": 4, "branches": 2})[1].settings == {"drop": ["second", "first"]}
+    assert [step.method for step in space.steps({"thin": 4, "branches": 0})] == ["netwright.compress:Prune"]
+    for step in space.steps({"thin": 4, "branches": 2}):
+        step.build()
+
+
+def test_what_lies_in_a_lost_branch_does_not_count() -> None:
+    space = Space((("a", 16), ("b", 16), ("c", 16)), {"activation": "uint8"}, BRANCHES, codebooks=True)
+    conditions = space.search_space()
+    values = {"thin": 4, "saliency": "taylor", **{f"offset/{name}": 0.25 for name in "abc"}, "branches": 1}
+    floats, integers = {**values, "int8": False, "codebooks": 3}, {**values, "int8": True, "codebooks": 3}
+    assert "offset/b" not in conditions.reduced(floats)
+    assert "offset/a" in conditions.reduced(floats)
+    assert "codebooks" not in conditions.reduced(integers)
+    for change in ({"offset/b": -1.0}, {"offset/a": -1.0}):
+        same_key = conditions.key(floats) == conditions.key({**floats, **change})
+        assert same_key == (key(space.steps(floats)) == key(space.steps({**floats, **change})))
+    assert space.steps(floats)[-1].settings == {"bits": 3, "groups": 1}
+    assert space.steps(integers)[-1].method == "netwright.compress:Int8"
+
+
+def test_the_ladder_tries_depth_and_ways_to_write() -> None:
+    space = Space((("a", 64),), {"activation": "uint8"}, BRANCHES, codebooks=True)
+    ladder = space.ladder()
+    assert {values["branches"] for values in ladder} == {0, 1, 2}
+    assert {(values["int8"], values["codebooks"]) for values in ladder} == {(True, 0), (False, 4), (False, 0)}
+    for values in ladder:
+        assert space.search_space().valid(values)
+        space.search_space().check(values)
+    assert [values["branches"] for values in Space((), None, BRANCHES).ladder()] == [2, 1]
+    assert Space((), None, codebooks=True).ladder() == [{"codebooks": 4}]

@@ -25,6 +25,13 @@ class Engine(StrEnum):
     ray = "ray"
 
 
+class SamplerName(StrEnum):
+    """What proposes candidates."""
+
+    linas = "linas"
+    nsga2 = "nsga2"
+
+
 @app.command("optimize")
 def optimize_command(
     task: Annotated[str, typer.Argument(help="A built-in task, file.py:name, or module:name.", show_default=False)],
@@ -45,6 +52,9 @@ def optimize_command(
     steps: Annotated[
         str | None, typer.Option(help=f"What may be done, of {', '.join(STEPS)}. Default: all.", show_default=False)
     ] = None,
+    sampler: Annotated[
+        SamplerName, typer.Option(help="Proposes candidates: evolution on predictors, or on what was measured.")
+    ] = SamplerName.linas,
     dry: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its time, and end.")] = False,
 ) -> None:
     """Make a network faster and smaller, and hand back a front, a model and a report.
@@ -76,6 +86,7 @@ def optimize_command(
         batch=batch,
         threads=threads,
         steps=steps,
+        sampler=sampler.value,
         command=shlex.join(["netwright", *(word for word in sys.argv[1:] if word != "--resume")]),
     )
     if result["status"] == "interrupted":

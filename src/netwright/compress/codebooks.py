@@ -99,6 +99,7 @@ class Codebooks:
     exclude: Sequence[str] = ()
 
     trains: ClassVar[bool] = True
+    low_precision: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.exclude, str):

@@ -1,19 +1,16 @@
 """Shallower residual networks: branches go, their skips stay."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from netwright.compress._branches import Branch, find_branches, remove
 from netwright.compress._merge_tables import loss_of
 from netwright.compress._settings import check_count, check_number, check_weights, require_loss
 from netwright.core.data import Batch, batches
 from netwright.core.errors import NothingToPruneError, TransformError
-from netwright.core.graph import export_model
-from netwright.core.graph.rebuild import rebuild
+from netwright.core.graph import traced_branches, without_branches
 from netwright.core.task import Task
 from netwright.core.transform import Progress
 
@@ -115,7 +112,7 @@ class PruneBranches:
         else:
             count = max(1, round(self.drop * len(found)))
             names = self._order(model, task, traced, found, count, seed, report)
-        made = _without(model, traced, names)
+        made = without_branches(model, traced, names)
         report(1.0, f"removed {len(names)} of {len(found)} branches")
         return made
 
@@ -132,11 +129,10 @@ class PruneBranches:
         traced, found = _traced(model, task)
         return self._order(model, task, traced, found, len(found), seed, progress or (lambda fraction, what: None))
 
-    def _known(self, found: Sequence[Branch], wanted: Sequence[str]) -> list[str]:
-        known = [branch.name for branch in found]
+    def _known(self, found: Sequence[str], wanted: Sequence[str]) -> list[str]:
         for name in wanted:
-            if name not in known:
-                raise TransformError(f"PruneBranches.drop names no branch {name!r}; known are {', '.join(known)}.")
+            if name not in found:
+                raise TransformError(f"PruneBranches.drop names no branch {name!r}; known are {', '.join(found)}.")
         return list(wanted)
 
     def _order(
@@ -144,20 +140,20 @@ class PruneBranches:
         model: nn.Module,
         task: Task,
         traced: fx.GraphModule,
-        found: Sequence[Branch],
+        found: Sequence[str],
         count: int,
         seed: int,
         report: Progress,
     ) -> list[str]:
         require_loss(self, task)
         held = _held(task, self.items, seed)
-        left = [branch.name for branch in found]
+        left = list(found)
         chosen: list[str] = []
         done, total = 0, sum(range(len(left) - count + 1, len(left) + 1)) if len(left) <= _GREEDY else len(left)
         while len(chosen) < count:
             losses = {}
             for name in left:
-                losses[name] = loss_of(_without(model, traced, [*chosen, name]), task, held)
+                losses[name] = loss_of(without_branches(model, traced, [*chosen, name]), task, held)
                 done += 1
                 report(0.1 + 0.8 * min(1.0, done / total), f"loss without {name}")
             ranked = sorted(left, key=losses.__getitem__)
@@ -166,24 +162,15 @@ class PruneBranches:
         return chosen
 
 
-def _traced(model: nn.Module, task: Task) -> tuple[fx.GraphModule, list[Branch]]:
-    """The graph of a model, its tensors by reference, and the branches in it."""
-    module = export_model(model, task.example()).module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
-    found = find_branches(module)
+def _traced(model: nn.Module, task: Task) -> tuple[fx.GraphModule, list[str]]:
+    """The graph of a model and the names of its branches."""
+    module, found = traced_branches(model, task.example())
     if not found:
         raise NothingToPruneError(
             f"PruneBranches: {type(model).__name__} has no residual branch, that is, no sum of an activation and "
             "something that layers make of it. Leave this step out, or take Prune or LayerMerge."
         )
-    return module, found
-
-
-def _without(model: nn.Module, traced: fx.GraphModule, names: Sequence[str]) -> nn.Module:
-    """A copy of a model without some branches."""
-    module = copy.deepcopy(traced)
-    remove(module.graph, [branch for branch in find_branches(module) if branch.name in names])
-    return rebuild(module, copy.deepcopy(model)).eval()
+    return module, [branch.name for branch in found]
 
 
 def _held(task: Task, items: int, seed: int) -> list[Batch]:

@@ -3,7 +3,7 @@
 from netwright.workshop.dry import dry_run
 from netwright.workshop.engine import Engine
 from netwright.workshop.evaluation import Measuring
-from netwright.workshop.job import Job
+from netwright.workshop.job import Job, Sampler
 from netwright.workshop.point import Point, Step
 from netwright.workshop.replay import replay
 from netwright.workshop.run import run_job
@@ -21,6 +21,7 @@ __all__ = [
     "Limit",
     "Measuring",
     "Point",
+    "Sampler",
     "Step",
     "change_recipe",
     "dry_run",

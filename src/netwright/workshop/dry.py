@@ -1,12 +1,13 @@
 """The plan of a run in words, before anything is done."""
 
+from netwright.core.graph import branch_names
 from netwright.core.graph.macs import count_parameters, total_macs
 from netwright.core.recipe import Recipe
 from netwright.core.rundir import RunDirectory
 from netwright.workshop.job import Job
 from netwright.workshop.plan import default_workers, prunable
 from netwright.workshop.run import prepare
-from netwright.workshop.space import STEPS, Space
+from netwright.workshop.space import STEPS, Droppable, Space
 
 __all__ = ["dry_run"]
 
@@ -26,7 +27,11 @@ def dry_run(job: Job, *, resume: bool = False) -> list[str]:
     task, graph = prepare(job)
     groups = prunable(graph)
     steps = job.steps or STEPS
-    space = Space(groups if "prune" in steps else (), {} if "int8" in steps else None)
+    branches = branch_names(task.build(job.seed), task.example()) if "branches" in steps else []
+    books = "codebooks" in steps and any(limit.metric == "size" for limit in job.limits)
+    space = Space(
+        groups if "prune" in steps else (), {} if "int8" in steps else None, tuple(map(Droppable, branches)), books
+    )
     recipe = task.recipe or Recipe()
     heads = sum(group.kind == "heads" for group in graph.groups)
     training = "comes trained" if task.trained else f"is trained for {recipe.epochs:g} epochs"
@@ -41,6 +46,7 @@ def dry_run(job: Job, *, resume: bool = False) -> list[str]:
             for group in graph.groups
         ),
         *(f"  left alone: {entry.name}, stopped by {entry.operation}: {entry.reason}" for entry in graph.blocked),
+        f"Residual branches that may go: {', '.join(branches) or 'none'}.",
         f"Space: {', '.join(steps)}; about 10^{space.size():.0f} proposals.",
         "Target: " + ", ".join(f"{limit.metric}{limit.text}" for limit in job.limits) + f"; keep score{job.keep.text}.",
         f"Time: at most about {job.budget:.0f} s, on {job.workers or default_workers()} workers ({job.engine}).",

@@ -208,7 +208,7 @@ class Evaluator:
         if len(quantizing) < len(request.steps):
             model, records = self._recover(model, epochs * (1 - share), 1.0, request.seed, progress)
         for step in quantizing:
-            model = step(model, subject.task, seed=request.seed)
+            model = step(model, subject.task, budget=0.0, seed=request.seed)
             progress(1 - share, "quantized")
         if quantizing and any(parameter.requires_grad for parameter in model.parameters()):
             model, more = self._recover(model, epochs * share, _QUANTIZED_RATE, request.seed + 1, progress)
@@ -249,7 +249,7 @@ def structure(model: nn.Module, task: Task, steps: Sequence[Step], seed: int) ->
     """``model`` after those of the steps that change which units there are, before any recovery."""
     for transform in [step.build() for step in steps]:
         if not is_low_precision(transform):
-            model = transform(model, task, seed=seed)
+            model = transform(model, task, budget=0.0, seed=seed)
     return model
 
 
@@ -262,7 +262,7 @@ def rebuild(model: nn.Module, task: Task, outcome: Outcome, folder: Path) -> nn.
     found = structure(model, task, request.steps, request.seed)
     for transform in [step.build() for step in request.steps]:
         if is_low_precision(transform):
-            found = transform(found, task, seed=request.seed)
+            found = transform(found, task, budget=0.0, seed=request.seed)
     if found is model:
         found = copy.deepcopy(model)
     place = folder / ".delivered.safetensors"

@@ -22,7 +22,7 @@ from netwright.workshop.evaluation import Outcome, is_low_precision, rebuild, st
 from netwright.workshop.job import Job
 from netwright.workshop.layers import layer_table
 from netwright.workshop.plan import default_workers
-from netwright.workshop.point import Point, ratios
+from netwright.workshop.point import Point, Step, ratios
 from netwright.workshop.quiet import QuietRoom
 from netwright.workshop.study import Study
 from netwright.workshop.target import METRICS
@@ -273,5 +273,13 @@ def _write_artifacts(findings: Findings, chosen: Outcome | None, recipe: Recipe)
     history = [] if chosen is None else [plain(record) for record in chosen.history]
     run.write("history.json", {"baseline": list(base.history), "chosen": history})
     before = base.model if chosen is None else structure(base.model, findings.task, steps, chosen.request.seed)
-    precision = "int8" if any(is_low_precision(step.build()) for step in steps) else None
-    run.write("layers.json", layer_table(base.model, before, example, precision))
+    run.write("layers.json", layer_table(base.model, before, example, _precision(steps)))
+
+
+def _precision(steps: Sequence[Step]) -> str | None:
+    """How multiplying layers are stored after these steps; None for floats."""
+    for step in steps:
+        if is_low_precision(step.build()):
+            books = step.method.endswith(":Codebooks")
+            return f"{step.settings['bits']}-bit codebook" if books else "int8"
+    return None

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from netwright.core.task import Task
 from netwright.workshop.evaluation import Measuring
 from netwright.workshop.target import Keep, Limit
 
-__all__ = ["Job"]
+__all__ = ["Job", "Sampler"]
+
+Sampler: TypeAlias = Literal["linas", "nsga2"]
+"""What proposes the candidates of a run."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Job:
         evaluations: most candidates to evaluate; by default as many as the budget allows.
         measuring: how latency is measured.
         steps: what may be done to the network, by the names in :data:`netwright.workshop.STEPS`; by default all.
+        sampler: what proposes candidates: "linas" for evolution on predictors of what was measured, "nsga2" for
+            evolution on the measurements themselves.
         command: the command line that replays the run, for the report.
     """
 
@@ -41,6 +46,7 @@ class Job:
     evaluations: int | None = None
     measuring: Measuring = field(default_factory=Measuring)
     steps: tuple[str, ...] | None = None
+    sampler: Sampler = "linas"
     command: str = ""
 
     @property

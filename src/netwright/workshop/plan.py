@@ -1,11 +1,11 @@
 """The plan of a run: what may be done to this network on this machine, and how the time is shared out."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from netwright.compress import fastest_int8
+from netwright.compress import PruneBranches, fastest_int8
 from netwright.core.errors import ArtifactError, NothingToPruneError, TraceError, TransformError
 from netwright.core.graph import Graph
 from netwright.core.rundir import RunDirectory
@@ -14,7 +14,7 @@ from netwright.workshop.baseline import Baseline
 from netwright.workshop.evaluation import Measuring
 from netwright.workshop.job import Job
 from netwright.workshop.quiet import QuietRoom
-from netwright.workshop.space import STEPS, Space
+from netwright.workshop.space import STEPS, Droppable, Space
 
 __all__ = ["Plan", "default_workers", "make_plan", "prunable"]
 
@@ -56,8 +56,10 @@ def prunable(graph: Graph) -> tuple[tuple[str, int], ...]:
     return tuple((group.name, group.size) for group in graph.groups if group.size > 1)
 
 
-def make_plan(run: RunDirectory, job: Job, task: Task, baseline: Baseline, graph: Graph, elapsed: float) -> Plan:
-    """Choose the operand types by measurement and share out the time; or read the plan that ``run`` has.
+def make_plan(
+    run: RunDirectory, job: Job, task: Task, baseline: Baseline, graph: Graph, clock: Callable[[], float]
+) -> Plan:
+    """Choose operand types by measurement, order the branches, share out the time; or read the plan of ``run``.
 
     Raises:
         NothingToPruneError: a network in which nothing can be pruned and nothing quantized.
@@ -65,8 +67,11 @@ def make_plan(run: RunDirectory, job: Job, task: Task, baseline: Baseline, graph
     if not run.has(_RECORD):
         steps = job.steps or STEPS
         settings, table = _int8(task, baseline, job.measuring) if "int8" in steps else (None, [])
-        if not (prunable(graph) and "prune" in steps) and settings is None:
+        branches = _branches(task, baseline, graph) if "branches" in steps else ()
+        books = "codebooks" in steps and any(limit.metric == "size" for limit in job.limits)
+        if not (prunable(graph) and "prune" in steps) and settings is None and not branches and not books:
             raise NothingToPruneError(_nothing(graph))
+        elapsed = clock()
         left = max(job.budget - elapsed, 0.0)
         final = _FINAL_SHARE * left
         count = job.workers or default_workers()
@@ -77,6 +82,8 @@ def make_plan(run: RunDirectory, job: Job, task: Task, baseline: Baseline, graph
                 "steps": list(steps),
                 "int8": settings,
                 "int8_table": table,
+                "branches": [asdict(branch) for branch in branches],
+                "codebooks": books,
                 "workers": count,
                 "started": elapsed,
                 "candidate_seconds": seconds,
@@ -87,7 +94,12 @@ def make_plan(run: RunDirectory, job: Job, task: Task, baseline: Baseline, graph
         _RECORD, "steps", "int8", "int8_table", "workers", "started", "candidate_seconds", "final_seconds"
     )
     return Plan(
-        space=Space(prunable(graph) if "prune" in record["steps"] else (), record["int8"]),
+        space=Space(
+            prunable(graph) if "prune" in record["steps"] else (),
+            record["int8"],
+            tuple(Droppable(each["name"], tuple(each["groups"])) for each in record.get("branches", ())),
+            record.get("codebooks", False),
+        ),
         workers=job.workers or record["workers"],
         started=record["started"],
         candidate_seconds=record["candidate_seconds"],
@@ -104,6 +116,21 @@ def _int8(task: Task, baseline: Baseline, measuring: Measuring) -> tuple[dict[st
     except (TransformError, TraceError, ArtifactError):
         return None, []
     return asdict(found.settings), [asdict(row) for row in found.table]
+
+
+def _branches(task: Task, baseline: Baseline, graph: Graph) -> tuple[Droppable, ...]:
+    """The residual branches, the most dispensable first, with the groups that lie within each; none where none are."""
+    found = []
+    try:
+        for name in PruneBranches().plan(baseline.model, task, seed=0):
+            left = dict(PruneBranches([name])(baseline.model, task).named_parameters())
+            within = [
+                group.name for group in graph.groups if not any(place.parameter in left for place in group.places)
+            ]
+            found.append(Droppable(name, tuple(within)))
+    except (NothingToPruneError, TransformError, TraceError):  # no branches, or nothing to rank them by
+        return ()
+    return tuple(found)
 
 
 def _nothing(graph: Graph) -> str:

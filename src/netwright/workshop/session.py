@@ -85,9 +85,11 @@ class Session:
         share = self.job.budget * _TEACHER_SHARE
         baseline = make_baseline(self.run, self.job, self.task, self._recipe, self._training, share)
         self._mark("baseline")
-        self._tell("choosing the operand types by measurement")
-        plan = make_plan(self.run, self.job, self.task, baseline, self.graph, self.elapsed())
-        study = Study(self.run, plan.space, baseline.point, self.job.limits, self.job.keep, self.job.seed)
+        self._tell("choosing operand types and branches by measurement")
+        plan = make_plan(self.run, self.job, self.task, baseline, self.graph, self.elapsed)
+        study = Study(
+            self.run, plan.space, baseline.point, self.job.limits, self.job.keep, self.job.seed, self.job.sampler
+        )
         self._findings = Findings(self.run, self.task, self.job, baseline, study)
         self._findings.write_interrupted(self.elapsed())
         self._mark("plan")

@@ -1,96 +1,173 @@
 """The space of steps that a run searches."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 
 from netwright.core.errors import TargetError
+from netwright.search import SearchSpace
 from netwright.workshop.point import Step
 
-__all__ = ["STEPS", "Space", "parse_steps"]
+__all__ = ["STEPS", "Droppable", "Space", "parse_steps"]
 
-STEPS = ("prune", "int8")
+STEPS = ("prune", "branches", "int8", "codebooks")
 """What ``optimize`` may do to a network, in the order in which it is done."""
 
-_LADDER = (0.25, 0.125, 0.5, 0.0625, 0.18, 0.35, 0.09, 1.0)
+_LADDER = (
+    *((8, 0.0), (12, 0.0), (4, 1.0), (4, 0.0), (8, 0.5), (8, 1.0), (16, 0.0)),
+    *((4, 0.5), (0, 1.0), (10, 0.0), (6, 0.0), (14, 0.0), (0, 0.0)),
+)  # levels of thinness, and shares of the branches that go
+_LEVEL = 0.25  # a level is so many octaves
 _SPREAD = 1.0
-_BOTH_FORMS = 4  # rungs of the ladder that are tried with and without int8
+_BOTH_FORMS = 4  # rungs of the ladder that are tried in two ways of writing weights
+_BITS = (4, 3)  # of an index into a codebook
+
+
+@dataclass(frozen=True)
+class Droppable:
+    """A residual branch that may go.
+
+    Args:
+        name: as :class:`~netwright.compress.PruneBranches` has it.
+        groups: the groups of units that lie within it, and go with it.
+    """
+
+    name: str
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Space:
-    """Structured pruning of every group, then int8 or not.
+    """Structured pruning of every group, residual branches that go, then int8, codebooks or neither.
 
-    The share of group ``g`` that is kept is ``keep * 2**offset_g``, cut to the range that leaves
+    The share of group ``g`` that is kept is ``2**(offset_g - thin / 4)``, cut to the range that leaves
     at least one unit: one number says how small the network becomes, and one for each group
-    says where. The saliency that ranks the units is a choice too.
+    says where. The saliency that ranks the units is a choice too. Of the branches, the first ``branches`` go.
 
     Args:
         groups: name and size of every group that may be pruned.
         int8: settings of the quantization step that this machine runs fastest, or None where it
             gains nothing.
-        least: smallest share of the units that may be kept.
+        branches: those that may go, the most dispensable first.
+        codebooks: whether weights may become indices into codebooks, which saves size only.
+        thinnest: largest ``thin``; 20 keeps one unit of 32.
 
     Example:
         >>> space = Space((("conv1", 8), ("conv2", 16)), int8={"activation": "uint8"})
-        >>> [step.method for step in space.steps({"keep": 0.5, "offset/conv1": -1.0, "int8": True})]
+        >>> [step.method for step in space.steps({"thin": 4, "offset/conv1": -1.0, "int8": True})]
         ['netwright.compress:Prune', 'netwright.compress:Int8']
-        >>> space.steps({"keep": 0.5, "offset/conv1": -1.0})[0].settings["ratios"]
+        >>> space.steps({"thin": 4, "offset/conv1": -1.0})[0].settings["ratios"]
         {'conv1': 0.75, 'conv2': 0.5}
     """
 
     groups: tuple[tuple[str, int], ...]
     int8: Mapping[str, Any] | None
-    least: float = 0.03
+    branches: tuple[Droppable, ...] = ()
+    codebooks: bool = False
+    thinnest: int = 20
 
     def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
         """What may be proposed for each parameter."""
         found: dict[str, optuna.distributions.BaseDistribution] = {}
         if self.groups:
-            found["keep"] = optuna.distributions.FloatDistribution(self.least, 1.0, log=True)
+            found["thin"] = optuna.distributions.IntDistribution(0, self.thinnest)
             found["saliency"] = optuna.distributions.CategoricalDistribution(["magnitude", "taylor"])
             for name, _ in self.groups:
-                found[f"offset/{name}"] = optuna.distributions.FloatDistribution(-_SPREAD, _SPREAD, step=0.25)
+                found[f"offset/{name}"] = optuna.distributions.FloatDistribution(-_SPREAD, _SPREAD, step=_LEVEL)
+        if self.branches:
+            found["branches"] = optuna.distributions.IntDistribution(0, len(self.branches))
         if self.int8 is not None:
             found["int8"] = optuna.distributions.CategoricalDistribution([True, False])
+        if self.codebooks:
+            found["codebooks"] = optuna.distributions.CategoricalDistribution([0, *_BITS])
         return found
+
+    def search_space(self) -> SearchSpace:
+        """The same with its conditions: what lies in a branch that goes, and codebooks of integers, do not count."""
+        active: dict[str, Callable[[Mapping[str, Any]], bool]] = {}
+        known = {name for name, _ in self.groups}
+        for rank, branch in enumerate(self.branches):
+            for name in known.intersection(branch.groups):
+                active[f"offset/{name}"] = _Reaches("branches", rank)
+        if self.codebooks and self.int8 is not None:
+            active["codebooks"] = _is_float
+        return SearchSpace(self.distributions(), active=active)
 
     def steps(self, values: Mapping[str, Any]) -> tuple[Step, ...]:
         """The steps that a proposal stands for. Parameters left out are neutral."""
+        gone = self.branches[: values.get("branches", 0)]
+        lost = {name for branch in gone for name in branch.groups}
         ratios = {}
         for name, size in self.groups:
-            share = values.get("keep", 1.0) * 2.0 ** values.get(f"offset/{name}", 0.0)
+            share = 2.0 ** (values.get(f"offset/{name}", 0.0) - _LEVEL * values.get("thin", 0))
             removed = size - min(size, max(1, round(share * size)))
-            if removed:
+            if removed and name not in lost:
                 ratios[name] = removed / size
         found = []
         if ratios:
             settings = {"ratios": ratios, "saliency": values.get("saliency", "magnitude")}
             found.append(Step("netwright.compress:Prune", settings))
+        if gone:
+            found.append(Step("netwright.compress:PruneBranches", {"drop": [branch.name for branch in gone]}))
         if self.int8 is not None and values.get("int8", False):
             found.append(Step("netwright.compress:Int8", dict(self.int8)))
+        elif self.codebooks and values.get("codebooks", 0):
+            found.append(Step("netwright.compress:Codebooks", {"bits": values["codebooks"], "groups": 1}))
         return tuple(found)
 
     def ladder(self) -> Sequence[dict[str, Any]]:
-        """Proposals to begin with: the whole network, uniformly thinner and thinner, from the middle outwards."""
-        forms = [{}] if self.int8 is None else [{"int8": True}, {"int8": False}]
-        if not self.groups:
-            return forms[:1]
-        neutral = {"saliency": "magnitude", **{f"offset/{name}": 0.0 for name, _ in self.groups}}
-        rungs = [share for share in _LADDER if share >= self.least]
-        return [
-            {"keep": share, **neutral, **form}
-            for number, share in enumerate(rungs)
-            for form in forms[: 2 if number < _BOTH_FORMS else 1]
-        ]
+        """Proposals to begin with: uniformly thinner and shallower, from the middle outwards, and the whole network."""
+        forms = self._forms()
+        if not self.groups and not self.branches:
+            return forms[:-1] if len(forms) > 1 else forms
+        neutral: dict[str, Any] = {}
+        if self.groups:
+            neutral = {"saliency": "magnitude", **{f"offset/{name}": 0.0 for name, _ in self.groups}}
+        rungs: list[dict[str, Any]] = []
+        for level, depth in _LADDER:
+            rung = {"thin": level} if self.groups else {}
+            if self.branches:
+                rung["branches"] = round(depth * len(self.branches))
+            possible = level <= self.thinnest and (bool(self.branches) or not depth)
+            if possible and rung not in rungs and (self.groups or rung["branches"]):
+                rungs.append(rung)
+        found = []
+        for number, rung in enumerate(rungs):
+            count = len(forms) if number == 0 else 2 if number < _BOTH_FORMS else 1
+            found += [{**rung, **neutral, **form} for form in forms[:count]]
+        return found
+
+    def _forms(self) -> list[dict[str, Any]]:
+        """Ways to write the weights, the most promising first, floats last."""
+        none = {"codebooks": 0} if self.codebooks else {}
+        floats = {} if self.int8 is None else {"int8": False}
+        forms = [] if self.int8 is None else [{"int8": True, **none}]
+        if self.codebooks:
+            forms.append({**floats, "codebooks": _BITS[0]})
+        return [*forms, {**floats, **none}]
 
     def size(self) -> float:
         """Base-10 logarithm of the number of different proposals, ratios counted in whole units."""
-        count = sum(math.log10(max(size, 1)) for _, size in self.groups)
-        return count + (math.log10(2) if self.int8 is not None else 0.0) + (math.log10(2) if self.groups else 0.0)
+        count = sum(math.log10(max(size, 1)) for _, size in self.groups) + (math.log10(2) if self.groups else 0.0)
+        return count + math.log10(len(self.branches) + 1) + math.log10(len(self._forms()) + self.codebooks)
+
+
+@dataclass(frozen=True)
+class _Reaches:
+    """Whether a count does not go beyond a number."""
+
+    name: str
+    most: int
+
+    def __call__(self, values: Mapping[str, Any]) -> bool:
+        return bool(values.get(self.name, 0) <= self.most)
+
+
+def _is_float(values: Mapping[str, Any]) -> bool:
+    return not values.get("int8", False)
 
 
 def parse_steps(names: str | Sequence[str] | None) -> tuple[str, ...] | None:

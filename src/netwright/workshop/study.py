@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -18,7 +19,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from netwright.core.errors import CorruptRunError
 from netwright.core.rundir import RunDirectory
+from netwright.search import LINASSampler
 from netwright.workshop.evaluation import Outcome
+from netwright.workshop.job import Sampler
 from netwright.workshop.point import Point, Step, key, ratios
 from netwright.workshop.space import Space
 from netwright.workshop.target import Keep, Limit
@@ -29,8 +32,10 @@ EVALUATIONS = "evaluations.jsonl"
 """The log of a run directory with one line for every finished evaluation."""
 _JOURNAL = "study.journal"
 _POPULATION = 16
+_START, _BATCH = 12, 4  # evaluations before the first predictors, and between two fits of them
 _FLOOR = "score"  # name of the constraint: how far the score lies below what must be kept
-_TRIES = 20  # proposals that only repeat what is known before the space counts as used up
+_TRIES = 3  # proposals of the sampler that only repeat what is known before it is helped
+_RANDOM = 200  # random ones that do so before the space counts as used up
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,18 @@ class Study:
         limits: the targets; their metrics are minimized beside the score, which is maximized.
         keep: the floor of the score, a constraint for the sampler.
         seed: source of the sampler's randomness.
+        sampler: "linas" for evolution on predictors, "nsga2" for evolution on what was measured.
     """
 
     def __init__(
-        self, run: RunDirectory, space: Space, baseline: Point, limits: Sequence[Limit], keep: Keep, seed: int
+        self,
+        run: RunDirectory,
+        space: Space,
+        baseline: Point,
+        limits: Sequence[Limit],
+        keep: Keep,
+        seed: int,
+        sampler: Sampler = "linas",
     ) -> None:
         self._run, self._space, self._baseline, self._keep = run, space, baseline, keep
         self._metrics = tuple(limit.metric for limit in limits)
@@ -77,10 +90,12 @@ class Study:
         self.failed = sum(entry.point is None for entry in self.entries)
         self._next = 1 + max((entry.number for entry in self.entries), default=-1)
         self._known = {key(space.steps(entry.params)) for entry in self.entries}
-        self._study = self._open(run.path / _JOURNAL, seed + len(lines))
+        self._rng = np.random.default_rng([seed, len(lines)])
+        self._study = self._open(run.path / _JOURNAL, self._sampler(sampler, seed + len(lines)))
         self._study.add_trials([self._frozen(line) for line in lines])
-        for params in space.ladder():
-            if key(space.steps(params)) not in self._known:
+        first = {key(space.steps(params)): params for params in reversed(space.ladder())}
+        for steps, params in reversed(first.items()):
+            if steps not in self._known:
                 self._study.enqueue_trial(params)
 
     def ask(self) -> Proposal | None:
@@ -88,13 +103,25 @@ class Study:
         for _ in range(_TRIES):
             trial = self._study.ask(self._space.distributions())
             steps = self._space.steps(trial.params)
-            if steps and key(steps) not in self._known:
-                self._known.add(key(steps))
-                proposal = Proposal(self._next, dict(trial.params), steps, trial)
-                self._next += 1
-                return proposal
+            if self._is_new(steps):
+                return self._proposal(trial, steps)
             self._study.tell(trial, state=TrialState.FAIL)
+        space = self._space.search_space()
+        for _ in range(_RANDOM):
+            params = space.sample(self._rng)
+            if self._is_new(self._space.steps(params)):
+                self._study.enqueue_trial(params)
+                trial = self._study.ask(self._space.distributions())
+                return self._proposal(trial, self._space.steps(trial.params))
         return None
+
+    def _is_new(self, steps: Sequence[Step]) -> bool:
+        return bool(steps) and key(steps) not in self._known
+
+    def _proposal(self, trial: optuna.Trial, steps: tuple[Step, ...]) -> Proposal:
+        self._known.add(key(steps))
+        self._next += 1
+        return Proposal(self._next - 1, dict(trial.params), steps, trial)
 
     def tell(self, proposal: Proposal, outcome: Outcome, finished: float) -> Entry:
         """Record what became of a proposal, durably, then let the sampler know."""
@@ -120,11 +147,15 @@ class Study:
             self._study.tell(proposal.trial, self._values(entry.point))
         return entry
 
-    def _open(self, path: Path, seed: int) -> optuna.Study:
+    def _sampler(self, name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
+        if name == "nsga2":
+            return optuna.samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
+        return LINASSampler(self._space.search_space(), start=_START, batch=_BATCH, seed=seed)
+
+    def _open(self, path: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
         for stale in (path, path.with_name(path.name + ".lock")):
             stale.unlink(missing_ok=True)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        sampler = optuna.samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
         return optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(path))),
             directions=[StudyDirection.MAXIMIZE, *(StudyDirection.MINIMIZE for _ in self._metrics)],
@@ -134,12 +165,14 @@ class Study:
 
     def _frozen(self, line: Mapping[str, Any]) -> FrozenTrial:
         point = _entry(line).point
-        distributions = {name: self._space.distributions()[name] for name in line["params"]}
+        known = self._space.distributions()
+        distributions = {name: known[name] for name in line["params"] if name in known}
+        params = {name: line["params"][name] for name in distributions}  # older versions had other decisions
         if point is None:
-            return create_trial(state=TrialState.FAIL, params=dict(line["params"]), distributions=distributions)
+            return create_trial(state=TrialState.FAIL, params=params, distributions=distributions)
         return create_trial(
             values=self._values(point),
-            params=dict(line["params"]),
+            params=params,
             distributions=distributions,
             constraints={_FLOOR: self._violation(point)},
         )

@@ -6,6 +6,7 @@ agree.
 """
 
 from netwright.core.graph.axes import Value
+from netwright.core.graph.branches import branch_names, traced_branches, without_branches
 from netwright.core.graph.call import Call, UnprovableError
 from netwright.core.graph.export import export_model
 from netwright.core.graph.graph import Graph, trace
@@ -20,7 +21,10 @@ __all__ = [
     "Place",
     "UnprovableError",
     "Value",
+    "branch_names",
     "export_model",
     "register_rule",
     "trace",
+    "traced_branches",
+    "without_branches",
 ]

@@ -1,13 +1,18 @@
 """Residual branches of a traced graph: what is added to a skip, and taking it away."""
 
+import copy
+import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
-from netwright.compress._fold import op_name
+from netwright.core.data import Inputs
+from netwright.core.graph.export import export_model
+from netwright.core.graph.rebuild import rebuild
 
-__all__ = ["Branch", "find_branches", "remove"]
+__all__ = ["Branch", "branch_names", "traced_branches", "without_branches"]
 
 _SUMS = {"add", "add_"}
 _RECTIFIERS = {"relu", "relu_"}
@@ -28,6 +33,47 @@ class Branch:
     skip: int
 
 
+def branch_names(model: nn.Module, inputs: Inputs) -> list[str]:
+    """The residual branches of a model by name, in the order of their sums; none where there are none.
+
+    Args:
+        model: any module that ``torch.export`` traces.
+        inputs: a batch for it.
+
+    Raises:
+        TraceError: the model cannot be traced.
+    """
+    return [branch.name for branch in traced_branches(model, inputs)[1]]
+
+
+def traced_branches(model: nn.Module, inputs: Inputs) -> tuple[fx.GraphModule, list[Branch]]:
+    """The graph of a model, its tensors by reference, and the branches in it.
+
+    Raises:
+        TraceError: the model cannot be traced.
+    """
+    module = export_model(model, inputs).module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module, find_branches(module)
+
+
+def without_branches(model: nn.Module, traced: fx.GraphModule, names: Collection[str]) -> fx.GraphModule:
+    """A copy of a model without some branches: a graph with its parameter names, in eval mode.
+
+    Args:
+        model: the module.
+        traced: its graph, from :func:`traced_branches`.
+        names: what goes.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own
+        module = copy.deepcopy(traced)
+    remove(module.graph, [branch for branch in find_branches(module) if branch.name in names])
+    made = rebuild(module, copy.deepcopy(model))
+    made.eval()
+    return made
+
+
 def find_branches(module: fx.GraphModule) -> list[Branch]:
     """The branches in the order of their sums.
 
@@ -39,7 +85,7 @@ def find_branches(module: fx.GraphModule) -> list[Branch]:
     before = _ancestors(module.graph)
     weights = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for node in module.graph.nodes:
-        if op_name(node) not in _SUMS or node.kwargs or not _same_shapes(node):
+        if _operation(node) not in _SUMS or node.kwargs or not _same_shapes(node):
             continue
         left, right = (before[each] | {each: None} for each in node.args[:2])
         if left == right or not any(map(_is_activation, left.keys() & right.keys())):
@@ -65,7 +111,7 @@ def remove(graph: fx.Graph, branches: Iterable[Branch]) -> None:
         assert isinstance(skip, fx.Node)
         branch.sum.replace_all_uses_with(skip)
     for node in list(graph.nodes):
-        if op_name(node) in _RECTIFIERS and op_name(node.args[0]) in _RECTIFIERS:
+        if _operation(node) in _RECTIFIERS and _operation(node.args[0]) in _RECTIFIERS:
             node.replace_all_uses_with(node.args[0])
     graph.eliminate_dead_code()
 
@@ -103,3 +149,11 @@ def _alone(own: Iterable[fx.Node], end: fx.Node) -> bool:
     """Whether nothing but the sum reads the tensors that a side computes; weights and lengths may be shared."""
     computed = {node for node in own if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)}
     return all(user in computed or user is end for node in computed for user in node.users)
+
+
+def _operation(node: object) -> str:
+    """The name of the aten operation that a node calls; empty for anything else."""
+    if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
+        return ""
+    name = node.target.overloadpacket.__name__
+    return str(name)
