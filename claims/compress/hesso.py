@@ -1,4 +1,4 @@
-"""HESSO with corrective cycles against magnitude pruning and as much training, at 80% of the units."""
+"""HESSO against magnitude pruning and as much training, at 80% of the units."""
 
 from claims._compress import small_cnn, task_of, trained
 from netwright.compress.hesso import HESSO
@@ -9,9 +9,9 @@ from netwright.core.graph import trace
 
 PAPER = 149
 CLAIM = (
-    "Removing 80% of the units of a small convolutional network trained on 6,000 Fashion-MNIST images, HESSO with "
-    "corrective cycles removes exactly as many as asked for and ends at a higher test accuracy than the better of "
-    "global and layerwise magnitude pruning followed by as many epochs of training."
+    "Removing 80% of the units of every layer of a small convolutional network trained on 6,000 Fashion-MNIST images, "
+    "HESSO removes exactly as many as asked for within 8 epochs and ends at a higher test accuracy than the better of "
+    "global and layerwise magnitude pruning followed by 8 epochs of training."
 )
 BETTER = "higher"
 SEEDS = 5
@@ -21,13 +21,15 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     task = task_of(small_cnn, items=6000, epochs=4, smoke=smoke)
     model = trained(task, seed)
     units = sum(group.size for group in trace(model, task.example()).groups)
-    ours = HESSO(0.8, corrective=True)(model, task, seed=seed)
-    plain = HESSO(0.8)(model, task, seed=seed)
+    assert task.recipe is not None
+    recipe = task.recipe.replace(epochs=0.5 if smoke else 8.0)
+    ours = HESSO(0.8, scope="layer")(model, task, budget=recipe.epochs, seed=seed)
+    cycles = HESSO(0.8, scope="layer", corrective=True)(model, task, budget=recipe.epochs, seed=seed)
     tried = []
     for scope in ("global", "layer"):
         small = Prune(0.8, scope=scope)(model, task)
         raw = evaluate(small, task, "test")
-        fit(small, task, seed=seed, validate=False)
+        fit(small, task, recipe, seed=seed, validate=False)
         tried.append((evaluate(small, task, "val"), evaluate(small, task, "test"), raw))
     best = max(tried)
     left = sum(value.shape[0] for value in ours.parameters() if value.ndim > 1) - 10
@@ -35,7 +37,7 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
         "method": evaluate(ours, task, "test"),
         "baseline": best[1],
         "baseline_without_training": best[2],
-        "without_cycles": evaluate(plain, task, "test"),
+        "with_corrective_cycles": evaluate(cycles, task, "test"),
         "removed": 1 - left / units,
         "whole": evaluate(model, task, "test"),
     }

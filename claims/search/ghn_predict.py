@@ -31,7 +31,6 @@ def started(model: nn.Module, inputs: Tensor) -> nn.Module:
 
 
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
-    torch.set_num_threads(1)
     task = load_task("digits")
     assert isinstance(task.data.train, TensorDataset)
     inputs = task.data.train.tensors[0]

@@ -10,9 +10,9 @@ from netwright.search.nasbench201 import OPERATIONS, nasbench201
 
 PAPER = 287
 CLAIM = (
-    "On NAS-Bench-201 (CIFAR-100) the regret of MANAS's agents (least squares) against the best of all cells grows more "
-    "slowly than the square root of the rounds: its exponent from 1,000 to 10,000 rounds is below 1/2. Their rate is the "
-    "best of five on CIFAR-10."
+    "On NAS-Bench-201 (CIFAR-100) the regret of MANAS's agents (least squares) against the best of all cells grows "
+    "more slowly than the square root of the rounds: its exponent from 1,000 to 10,000 rounds is below 1/2. Their rate "
+    "is the best of five on CIFAR-10."
 )
 BETTER = "lower"
 SEEDS = 5

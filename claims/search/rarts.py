@@ -8,10 +8,10 @@ from netwright.search.rarts import RARTS
 
 PAPER = 203
 CLAIM = (
-    "On digits, in the cell space of NAS-Bench-201, the network derived by RARTS in at most 40% of the processor time of "
-    "second-order DARTS is more accurate after training than that of first-order DARTS (20 epochs of both DARTS, 8 of "
-    "RARTS; the better of two rates of the alphas by validation accuracy). A seed in which RARTS takes more than 40% "
-    "counts with accuracy 0."
+    "On digits, in the cell space of NAS-Bench-201, the network derived by RARTS in at most 40% of the processor time "
+    "of second-order DARTS is more accurate after training than that of first-order DARTS (20 epochs of both DARTS, 8 "
+    "of RARTS; the better of two rates of the alphas by validation accuracy). A seed in which RARTS takes more than "
+    "40% counts with accuracy 0."
 )
 BETTER = "higher"
 RATES = (1e-2, 3e-2)

@@ -96,21 +96,20 @@ class FixedQuantizer(nn.Module):
     """Rounds a weight to integers of ``width`` bits; the scale is a buffer and does not train.
 
     Args:
-        step: the size of a step, for all output channels.
+        steps: ``(channels,)`` the size of a step for each output channel.
         width: bits, whole, at most 8.
-        channels: number of output channels.
         axis: their dimension.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, step: float, width: int, channels: int, axis: int) -> None:
+    def __init__(self, steps: Tensor, width: int, axis: int) -> None:
         super().__init__()
         self.axis, self.width = axis, width
         self.reach = 2 ** (width - 1) - 1
-        self.register_buffer("scale", torch.full((channels,), step, dtype=torch.float32))
-        self.register_buffer("zero_point", torch.zeros(channels, dtype=torch.int32))
+        self.register_buffer("scale", steps.clamp_min(_TINY).float())
+        self.register_buffer("zero_point", torch.zeros(len(steps), dtype=torch.int32))
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` rounded."""

@@ -236,6 +236,8 @@ def step_sizes(recipe: Recipe, total: int) -> list[float]:
         >>> step_sizes(Recipe(optimizer_settings={"lr": 0.5}, schedule=None), 2)
         [0.5, 0.5]
     """
+    if total == 0:
+        return []
     rate = recipe.optimizer_settings.get("lr")
     if rate is None:
         given = inspect.signature(resolve(recipe.optimizer)).parameters.get("lr")

@@ -1,10 +1,12 @@
 """GETA: units are removed and bit widths are learned in one training."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from netwright.compress._geta_hook import JointTraining, Stages
 from netwright.compress._learned_quantizer import FixedQuantizer
@@ -93,11 +95,12 @@ class GETA:
         arXiv:2502.16638.
 
     Differs: the exponent of the paper's quantizer is 1, for which there are integer kernels. The dependency graph is
-        that of the model without quantizers, which change no dependency here: a weight has one grid. Batch norms are
-        folded before training. Activations are rounded to 8 bits on ranges seen after training. Forgetting takes the
-        gradient for the optimizer's direction, so descent is assured for plain gradient descent. Step sizes of
-        :math:`d` and :math:`q` are the learning rate over the root of the number of weights (and of steps). A moving
-        average and a parameterization of the recipe are left out of this training.
+        that of the model without quantizers, which change no dependency here: a weight has one grid while it trains.
+        Batch norms are folded at the end, by which each output channel has a step of its own. Activations are rounded
+        to 8 bits on ranges seen after training. Forgetting takes the gradient for the optimizer's direction, so descent
+        is assured for plain gradient descent. Step sizes of :math:`d` and :math:`q` are the learning rate over the root
+        of the number of weights (and of steps). A moving average and a parameterization of the recipe are left out of
+        this training.
 
     Cost: the training that ``budget`` allows (None: the recipe's epochs), with a few passes over the weights and a copy
         of them at every step; three traces, and a copy of the model for each group.
@@ -148,7 +151,7 @@ class GETA:
         """A smaller, trained, quantized module, in eval mode.
 
         Args:
-            model: any module that ``torch.export`` traces; a trained one, for batch norms are folded.
+            model: any module that ``torch.export`` traces, trained or not.
             task: data, loss and recipe.
             budget: epochs to train; None is the recipe's, 0 cuts the shortest groups and rounds to ``most_bits``.
             seed: draws the batches and the items that show the ranges of activations.
@@ -157,8 +160,9 @@ class GETA:
         check_weights(self, model)
         report = progress or (lambda fraction, what: None)
         report(0.0, "tracing")
-        module, where = prepare(self, model, task)
+        _, where = prepare(self, model, task)
         names = sorted({_path(node.args[rule.weight]) for node, rule in where.weights.items()})
+        module = copy.deepcopy(model)
         found = self._plan(module, task)
         recipe = task.recipe or Recipe()
         [epochs] = shared_epochs(task, recipe.epochs if budget is None else budget, [1.0])
@@ -207,12 +211,13 @@ class GETA:
         """Quantizers with the learned grids, and of activations."""
         assert hook.widths is not None
         settings = Int8()
+        trained = dict(smaller.named_parameters(remove_duplicate=False))
         module, where = prepare(self, smaller, task)
         layers = {_path(node.args[rule.weight]): rule.axis for node, rule in where.weights.items()}
         module, observers = insert(module, where, settings)
         for name, axis in layers.items():
-            channels = module.get_parameter(name).shape[axis]
-            quantizer = FixedQuantizer(hook.grids[name].step, hook.widths[name], channels, axis)
+            factors = _folded(trained[name], module.get_parameter(name), axis)
+            quantizer = FixedQuantizer(hook.grids[name].step * factors, hook.widths[name], axis)
             module.set_submodule(f"{name}_quantizer", quantizer)
         observe(module, observers, task.data.train, settings, seed)
         for path, observer in observers.items():
@@ -220,6 +225,12 @@ class GETA:
             scale, zero_point = grid(*observer.range(settings.calibration, integers), integers)
             module.set_submodule(path, ActivationQuantizer(scale, zero_point, integers))
         return module.eval()
+
+
+def _folded(before: Tensor, after: Tensor, axis: int) -> Tensor:
+    """By what each output channel of a weight was multiplied when a batch norm was folded into it; its sign aside."""
+    lengths = [value.detach().double().movedim(axis, 0).flatten(1).abs().amax(1) for value in (before, after)]
+    return torch.where(lengths[0] > 0, lengths[1] / lengths[0], torch.ones_like(lengths[0]))
 
 
 def _path(node: object) -> str:

@@ -97,6 +97,30 @@ class Graph:
         """
         return zeroed(model, self._keep(self._removed(units)), frozenset(self._walk.constraints.kept))
 
+    def masks(self, units: Units) -> dict[str, torch.Tensor]:
+        """For every parameter that the named units are part of, ones and zeros that take them out when multiplied.
+
+        A model whose parameters are so multiplied computes what :meth:`zero` makes compute, and gradients flow.
+
+        Args:
+            units: for group names the numbers of the units.
+
+        Returns:
+            By name, a tensor that broadcasts against the parameter.
+
+        Raises:
+            TransformError: as :meth:`zero`.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for name, dims in self._keep(self._removed(units)).items():
+            for dim, kept in dims.items():
+                if name in self.program.graph_signature.parameters and (name, dim) not in self._walk.constraints.kept:
+                    sizes = [1] * self.program.state_dict[name].ndim
+                    sizes[dim] = len(kept)
+                    factor = kept.to(self._dtype).reshape(sizes)
+                    found[name] = found[name] * factor if name in found else factor
+        return found
+
     def shrink(self, model: nn.Module, units: Units) -> nn.Module:
         """A copy of ``model`` without the named units: an ordinary module that trains, exports and saves.
 
