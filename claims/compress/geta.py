@@ -12,7 +12,7 @@ from netwright.core.task import Task
 
 PAPER = 74
 CLAIM = (
-    "Half of the units of every layer of a small convolutional network go and weights become 3 or 4 bits: trained "
+    "Half of the units of every layer of a small convolutional network go and weights become 4 bits: trained "
     "jointly for 6 epochs on 6,000 Fashion-MNIST images, the result has a higher test accuracy than that of pruning, 3 "
     "epochs, and then 3 epochs of quantization-aware training at 4 bits, by the better of two ways to prune, and is no "
     "larger."
@@ -38,7 +38,8 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     task = task_of(small_cnn, items=6000, epochs=4, smoke=smoke)
     model = trained(task, seed)
     epochs = 0.5 if smoke else 6.0
-    ours = GETA(0.5, least_bits=3, most_bits=4, scope="layer")(model, task, budget=epochs, seed=seed)
+    method = GETA(0.5, least_bits=4, most_bits=4, scope="layer", start=0.0, prune=0.1, stop=0.5)
+    ours = method(model, task, budget=epochs, seed=seed)
     tried = []
     for small in first_pruned(model, task, seed, epochs / 2):
         rounded = GETA(0.0, least_bits=4, most_bits=4)(small, task, budget=epochs / 2, seed=seed + 1)

@@ -18,7 +18,7 @@ RATIO = 1 - 1 / 60
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     task = task_of(lenet_300_100, epochs=8, smoke=smoke)
     dense = trained(task, seed)
-    sparse = GlobalSparseMomentum(RATIO)(dense, task, budget=1 if smoke else 24, seed=seed)
+    sparse = GlobalSparseMomentum(RATIO)(dense, task, budget=1 if smoke else 48, seed=seed)
     weights = [value for value in sparse.parameters() if value.ndim > 1]
     left = sum(int((value != 0).sum()) for value in weights)
     return {

@@ -20,7 +20,7 @@ CLAIM = (
     "every layer and trained for as many epochs with the same teacher (two settings each, chosen on val)."
 )
 BETTER = "higher"
-SEEDS = 3
+SEEDS = 5
 MACS = 0.1
 EPOCHS = 6.0
 

@@ -1,4 +1,4 @@
-"""Amended DARTS against first-order DARTS: how many edges collapse to identities."""
+"""Amended DARTS against first-order DARTS: the worth of what is derived."""
 
 from claims._relaxed import digits, searched
 from netwright.search.amended_darts import AmendedDARTS
@@ -6,26 +6,24 @@ from netwright.search.darts import DARTS
 
 PAPER = 174
 CLAIM = (
-    "On digits, after 24 epochs of search among identities, 1x1 and 3x3 convolutions, a smaller share of the edges has "
-    "collapsed to identities with AmendedDARTS than with first-order DARTS; same steps, both with the better of two "
-    "rates of the alphas by validation accuracy."
+    "On digits, in the cell space of NAS-Bench-201, the network that AmendedDARTS derives after 20 epochs of search is "
+    "more accurate after training than that of first-order DARTS; same steps, both with the better of two rates of the "
+    "alphas by validation accuracy."
 )
-BETTER = "lower"
-SEEDS = 4
-KINDS = ("skip", "conv_1x1", "conv_3x3")
+BETTER = "higher"
 RATES = (1e-2, 3e-2)
 
 
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
-    task, rates = digits(KINDS), RATES[:1] if smoke else RATES
-    epochs, training = (1, 0.5) if smoke else (24, 8.0)
+    task, rates = digits(), RATES[:1] if smoke else RATES
+    epochs, training = (1, 0.2) if smoke else (20, 8.0)
     method = searched(task, lambda rate: AmendedDARTS(epochs=epochs, lr=0.05, alpha_lr=rate), rates, seed, training)
     baseline = searched(task, lambda rate: DARTS(epochs=epochs, lr=0.05, alpha_lr=rate), rates, seed, training)
     return {
-        "method": method.skips,
-        "baseline": baseline.skips,
-        "accuracy": method.test,
-        "accuracy_baseline": baseline.test,
+        "method": method.test,
+        "baseline": baseline.test,
+        "without_weights": method.idle,
+        "without_weights_baseline": baseline.idle,
         "seconds_method": method.seconds,
         "seconds_baseline": baseline.seconds,
     }

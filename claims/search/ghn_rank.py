@@ -17,6 +17,7 @@ CLAIM = (
     "accuracy after five epochs of training, over 32 convolutional networks that it has not seen, is above 0.4."
 )
 BETTER = "higher"
+SEEDS = 4
 LEAST = 0.4
 
 

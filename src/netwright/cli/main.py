@@ -4,13 +4,13 @@ import sys
 
 from rich.console import Console
 
-from netwright.cli import compress, doctor, measure, methods, optimize, replay, report, train
+from netwright.cli import compress, doctor, measure, methods, optimize, replay, report, search, train
 from netwright.cli.app import app
 from netwright.core.errors import NetwrightError
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = (compress, doctor, measure, methods, optimize, replay, report, train)
+COMMANDS = (compress, doctor, measure, methods, optimize, replay, report, search, train)
 """The modules whose import registers the commands."""
 
 

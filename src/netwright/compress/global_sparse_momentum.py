@@ -81,8 +81,8 @@ class GlobalSparseMomentum:
     trains: ClassVar[bool] = True
 
     ratio: float = 0.95
-    learning_rate: float = 0.02
-    momentum: float = 0.98
+    learning_rate: float = 0.1
+    momentum: float = 0.9
     weight_decay: float | None = None
     leftover: float = 1e-3
     exclude: Sequence[str] = ()

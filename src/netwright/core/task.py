@@ -15,7 +15,17 @@ from netwright.core.data import Data, Inputs, call, first_inputs
 from netwright.core.errors import NetwrightError, TaskError
 from netwright.core.recipe import Recipe
 
-__all__ = ["FILE_MODULE", "EvaluateFunction", "FitFunction", "Loss", "Score", "Task", "builtin_tasks", "load_task"]
+__all__ = [
+    "FILE_MODULE",
+    "EvaluateFunction",
+    "FitFunction",
+    "Loss",
+    "Score",
+    "Task",
+    "builtin_tasks",
+    "load_object",
+    "load_task",
+]
 
 Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
 """``loss(output, target)``: a scalar tensor to be made small."""
@@ -195,11 +205,22 @@ def load_task(spec: str) -> Task:
             f"No task {spec!r}. Built in are {', '.join(builtin_tasks())}; your own is written file.py:name or "
             "module:name."
         )
-    place, _, name = spec.rpartition(":")
+    return _as_task(load_object(spec), spec)
+
+
+def load_object(spec: str) -> Any:
+    """What ``file.py:name`` or ``module:name`` names: a user's own code, which is run for it.
+
+    Raises:
+        TaskError: nothing of that name, or a file that raises.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place:
+        raise TaskError(f"{spec!r} names nothing. Your own is written file.py:name or module:name.")
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     if not hasattr(module, name):
-        raise TaskError(f"{place} defines no {name!r}. Name the Task, or a function that returns one, after the colon.")
-    return _as_task(getattr(module, name), spec)
+        raise TaskError(f"{place} defines no {name!r}. Name what it defines after the colon.")
+    return getattr(module, name)
 
 
 def _as_task(found: Any, spec: str) -> Task:

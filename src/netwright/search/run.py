@@ -1,5 +1,7 @@
 """``search.run``: any space, any evaluation, several objectives, hard constraints; resumable, and nothing twice."""
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,6 +32,7 @@ def run(
     *,
     sampler: BaseSampler | None = None,
     evaluations: int = 100,
+    budget_s: float | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     constraints: Sequence[str] = (),
@@ -51,6 +54,7 @@ def run(
         objectives: "maximize" or "minimize" for each metric that is an objective.
         sampler: any Optuna sampler; None for :class:`~netwright.search.linas.LINASSampler`.
         evaluations: how many candidates are evaluated in all, failed ones and those before a resumption included.
+        budget_s: seconds after which no further candidate is begun, this call's alone; None for as long as it takes.
         out: folder for the log, the study and the result; None keeps nothing.
         resume: go on with the run in ``out``.
         constraints: hard constraints on metrics, ``"latency_ms<=5"``; the metric need not be an objective.
@@ -81,16 +85,19 @@ def run(
     Cost: beside the evaluations what the sampler takes, and one flushed line each.
     """
     limits = _checked(objectives, constraints, evaluations, workers)
+    if budget_s is not None and not budget_s > 0:
+        raise SettingError(f"budget_s must be positive, got {budget_s!r}. It counts seconds.")
+    end = math.inf if budget_s is None else time.monotonic() + budget_s
     space.sample(np.random.default_rng(seed))  # raises where no candidate is valid, before anything is written
     settings = _settings(space, objectives, limits, seed)
     if out is None:
         if resume:
             raise SettingError("resume needs a run to go on with. Give its folder as out.")
-        return _search(None, space, evaluate, objectives, limits, sampler, evaluations, seed, workers, progress)
+        return _search(None, space, evaluate, objectives, limits, sampler, evaluations, end, seed, workers, progress)
     folder = RunDirectory(Path(out))
     with folder.open() if resume else folder.create(settings) as opened:
         _same(opened, settings)
-        return _search(opened, space, evaluate, objectives, limits, sampler, evaluations, seed, workers, progress)
+        return _search(opened, space, evaluate, objectives, limits, sampler, evaluations, end, seed, workers, progress)
 
 
 def _search(
@@ -101,6 +108,7 @@ def _search(
     limits: Sequence[Limit],
     sampler: BaseSampler | None,
     evaluations: int,
+    end: float,
     seed: int,
     workers: int,
     progress: Progress | None,
@@ -111,7 +119,10 @@ def _search(
         tell = bar.update if progress is None else progress
         try:
             while True:
-                while pool.free and search.started < evaluations and (job := search.ask()) is not None:
+                while pool.free and search.started < evaluations and time.monotonic() < end:
+                    job = search.ask()
+                    if job is None:
+                        break
                     pool.submit(job, job[1])
                 if not pool.busy:
                     break

@@ -1,0 +1,151 @@
+"""Sub-networks of a task, from training to files, and the command line."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from typer.testing import CliRunner
+
+from netwright.cli.app import app
+from netwright.cli.search import search_command
+from netwright.core.data import Data
+from netwright.core.errors import RunDirectoryError, SettingError
+from netwright.core.recipe import Recipe
+from netwright.core.task import Task
+from netwright.search import explore
+
+OWN = """
+import torch
+from optuna.distributions import IntDistribution
+from torch import nn
+from torch.utils.data import TensorDataset
+from netwright.core.data import Data
+from netwright.core.task import Task
+from netwright.search import SearchSpace
+
+def split():
+    return TensorDataset(torch.randn(24, 4, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3)
+
+def task():
+    def score(output, target):
+        return float((output.argmax(1) == target).float().mean())
+    return Task("own", nn.Linear(4, 3), Data(split(), split(), split()), nn.functional.cross_entropy, score)
+
+class Stack:
+    space = SearchSpace({"depth": IntDistribution(1, 3)})
+    def __init__(self, task):
+        self.layers = [nn.Linear(4, 4) for _ in range(3)]
+    def extract(self, params):
+        return nn.Sequential(*self.layers[:params["depth"]], nn.Linear(4, 3))
+
+nothing = 3
+"""
+
+
+def task():
+    torch.manual_seed(0)
+
+    def split():
+        inputs = torch.randn(200, 6)
+        return TensorDataset(inputs, inputs[:, :3].argmax(1))
+
+    def score(output, target):
+        return float((output.argmax(1) == target).float().mean())
+
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    return Task(
+        "toy",
+        lambda: model,
+        Data(split(), split(), split()),
+        nn.functional.cross_entropy,
+        score,
+        recipe=Recipe(epochs=20, batch_size=32, optimizer_settings={"lr": 1e-2}, schedule_settings={"max_lr": 1e-2}),
+    )
+
+
+def test_from_training_to_files_and_on(tmp_path):
+    told = []
+    goals = ("score", "macs")
+    out = tmp_path / "run"
+    found = explore(task(), objectives=goals, evaluations=6, out=out, progress=lambda *word: told.append(word))
+    assert len(found.result.evaluations) == 6
+    assert [fraction for fraction, _ in told] == sorted(fraction for fraction, _ in told)
+    assert told[-1][0] == 1.0
+    inputs = torch.randn(5, 6)
+    for entry in found.result.front:
+        session = onnxruntime.InferenceSession(found.front[entry.number])
+        [output] = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+        assert np.allclose(output, found.net.extract(entry.params)(inputs).detach().numpy(), atol=1e-4)
+        assert entry.metrics["macs"] == sum(
+            layer.weight.numel() for layer in found.net.extract(entry.params) if isinstance(layer, nn.Linear)
+        )
+    with pytest.raises(RunDirectoryError, match="is not empty"):
+        explore(task(), objectives=goals, evaluations=8, out=out)
+    lines = (out / "search" / "evaluations.jsonl").read_text()
+    more = explore(task(), objectives=goals, evaluations=8, out=out, resume=True)
+    assert (out / "search" / "evaluations.jsonl").read_text().startswith(lines), (
+        "what was measured is not measured again"
+    )
+    assert len(more.result.evaluations) == 8
+    assert {path.name for path in (out / "front").iterdir()} == {path.name for path in more.front.values()}
+    for old, new in zip(found.net.model.parameters(), more.net.model.parameters(), strict=True):
+        assert torch.equal(old, new), "the super-network is not trained again"
+
+
+def test_a_hard_constraint_holds_on_the_front():
+    found = explore(task(), objectives=("score", "parameters"), constraints=["macs<=120"], evaluations=12, epochs=1)
+    assert found.result.front
+    assert all(entry.metrics["macs"] <= 120 for entry in found.result.front)
+    assert found.front == {}
+
+
+def test_what_is_not_measured_is_named():
+    with pytest.raises(SettingError, match=r"'speed' is not measured\. Known are score"):
+        explore(task(), objectives=("speed",))
+    with pytest.raises(SettingError, match="No objective is named"):
+        explore(task(), objectives=())
+
+
+def call(*arguments):
+    assert search_command
+    return CliRunner().invoke(app, ["search", *map(str, arguments)])
+
+
+def test_the_command_searches_a_super_network_of_ones_own(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    out = tmp_path / "run"
+    done = call(
+        f"{file}:task",
+        "--space",
+        f"{file}:Stack",
+        "--objective",
+        "score",
+        "--objective",
+        "macs",
+        "--out",
+        out,
+        "--json",
+    )
+    assert done.exit_code == 0, done.output
+    front = json.loads(done.stdout)
+    assert min(entry["metrics"]["macs"] for entry in front) == 4 * 4 + 4 * 3
+    assert all((tmp_path / "run" / "front").joinpath(entry["onnx"].rpartition("/")[2]).is_file() for entry in front)
+    page = (out / "report.html").read_text()
+    assert "sub-networks on the front of score and macs" in page
+    assert "Every candidate of the space was measured" in page
+
+
+def test_the_command_prints_the_space(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    done = call(f"{file}:task", "--space", f"{file}:Stack", "--dry-run")
+    assert done.output.splitlines()[0] == "3 candidates."
+    assert "depth" in done.output
+    wrong = call(f"{file}:task", "--space", f"{file}:nothing")
+    assert isinstance(wrong.exception, SettingError)
+    assert "is no super-network" in str(wrong.exception)

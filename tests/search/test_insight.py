@@ -1,0 +1,85 @@
+"""What a search teaches, on functions of which it is known."""
+
+import numpy as np
+import pytest
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.samplers import RandomSampler
+from scipy.stats import kendalltau
+
+from netwright.core.errors import SettingError
+from netwright.search import SearchSpace, importance, predictor_quality, run
+from netwright.search._encoding import Encoding
+from netwright.search.predictors import TreeEnsemble, choose
+
+SPACE = SearchSpace(
+    {"much": IntDistribution(0, 20), "little": IntDistribution(0, 20), "nothing": CategoricalDistribution(("a", "b"))}
+)
+GOALS = {"high": "maximize", "low": "minimize"}
+
+
+def evaluate(params):
+    return {"high": 10.0 * params["much"] + params["little"], "low": float(params["little"])}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return run(SPACE, evaluate, GOALS, evaluations=80, sampler=RandomSampler(seed=0), progress=lambda *_: None)
+
+
+def test_importance_is_that_of_a_linear_function(found):
+    """For independent decisions shuffling one raises the error by twice its share of the variance."""
+    worth = importance(found, SPACE)
+    assert list(worth["high"]) == ["much", "little", "nothing"]
+    assert worth["high"]["much"] == pytest.approx(2 * 100 / 101, rel=0.2)
+    assert next(iter(worth["low"])) == "little"
+    assert worth["low"]["little"] == pytest.approx(2.0, rel=0.2)
+    assert abs(worth["low"]["much"]) < 0.1
+
+
+def test_importance_is_the_error_that_a_shuffle_adds(found):
+    encoding, entries = Encoding(SPACE), found.evaluations
+    genes = np.array([encoding.genes(entry.params) for entry in entries])
+    y = np.array([entry.metrics["low"] for entry in entries])
+    trees = TreeEnsemble(seed=4).fit(encoding.features(genes), y)
+    rng, errors = np.random.default_rng([4, 1]), {name: [] for name in encoding.names}
+    for place, name in enumerate(encoding.names):
+        for _ in range(10):
+            mixed = genes.copy()
+            mixed[:, place] = rng.permutation(mixed[:, place])
+            errors[name].append(((trees.predict(encoding.features(mixed))[0] - y) ** 2).mean())
+    base = ((trees.predict(encoding.features(genes))[0] - y) ** 2).mean()
+    expected = {name: (np.mean(each) - base) / y.var() for name, each in errors.items()}
+    assert importance(found, SPACE, seed=4)["low"] == pytest.approx(expected)
+
+
+def test_quality_is_the_rank_correlation_on_later_candidates(found):
+    entries = predictor_quality(found, SPACE, points=3, seed=2)
+    assert [entry.objective for entry in entries] == ["high"] * 3 + ["low"] * 3
+    assert [entry.seen for entry in entries[:3]] == [12, 40, 68]
+    encoding = Encoding(SPACE)
+    inputs = encoding.features(np.array([encoding.genes(entry.params) for entry in found.evaluations]))
+    y = found.values()[:, 0]
+    predicted = choose(inputs[:40], y[:40], seed=2).predict(inputs[40:])[0]
+    assert entries[1].kendall_tau == pytest.approx(kendalltau(predicted, y[40:]).statistic)
+    assert entries[2].kendall_tau > 0.9, "a maximized objective is predicted with its sign turned"
+
+
+def test_too_little_says_nothing():
+    few = run(SPACE, evaluate, GOALS, evaluations=5, sampler=RandomSampler(seed=0), progress=lambda *_: None)
+    assert predictor_quality(few, SPACE) == []
+    assert importance(few, SPACE) == {}
+    with pytest.raises(SettingError, match="points must be at least 1"):
+        predictor_quality(few, SPACE, points=0)
+
+
+def test_a_budget_ends_the_search():
+    import time
+
+    def slow(params):
+        time.sleep(0.05)
+        return evaluate(params)
+
+    found = run(SPACE, slow, GOALS, budget_s=0.4, sampler=RandomSampler(seed=0), progress=lambda *_: None)
+    assert 1 <= len(found.evaluations) < 12
+    with pytest.raises(SettingError, match="budget_s must be positive"):
+        run(SPACE, slow, GOALS, budget_s=0.0)
