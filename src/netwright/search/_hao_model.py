@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from netwright.core.errors import SettingError
 
-__all__ = ["ZU3EG", "Convolution", "Device", "Engine", "MappingError", "Subgraph", "cycles", "engine_for", "subgraphs"]
+__all__ = ["Convolution", "Device", "Engine", "MappingError", "Subgraph", "cycles", "engine_for", "subgraphs"]
 
 _PACKED = ((4, 4), (8, 2), (16, 1))  # products that one DSP takes a cycle: four of 4 bits, two of 8, one of 16
 
@@ -45,10 +45,6 @@ class Device:
     def bytes_per_cycle(self) -> float:
         """Off-chip traffic of one cycle."""
         return 1000.0 * self.bandwidth_gbs / self.clock_mhz
-
-
-ZU3EG = Device(dsps=360, buffer_kb=972.0, bandwidth_gbs=4.3)
-"""The Zynq UltraScale+ of the paper: 360 DSP slices, 216 memory blocks of 36 kbit, 32 bits of LPDDR4."""
 
 
 @dataclass(frozen=True)

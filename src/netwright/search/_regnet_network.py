@@ -17,7 +17,7 @@ _LEAST = 4  # pixels below which the shorter side is not halved
 class Stage(NamedTuple):
     """A run of equal blocks.
 
-    Attributes:
+    Args:
         width: channels of every block, a multiple of ``group_width``.
         depth: number of blocks.
         group_width: channels of one group of the 3x3 convolution.

@@ -9,7 +9,6 @@ from typing import TypeAlias
 import numpy as np
 
 from netwright.search._hao_model import (
-    ZU3EG,
     Convolution,
     Device,
     Engine,
@@ -24,6 +23,9 @@ from netwright.search._hao_trace import convolutions
 from netwright.search.space import Params, Rule, SearchSpace
 
 __all__ = ["ZU3EG", "Convolution", "Device", "Engine", "HAOMapper", "HardwareMapping", "MappingError", "convolutions"]
+
+ZU3EG = Device(dsps=360, buffer_kb=972.0, bandwidth_gbs=4.3)
+"""The Zynq UltraScale+ of the paper: 360 DSP slices, 216 memory blocks of 36 kbit, 32 bits of LPDDR4."""
 
 Workload: TypeAlias = Callable[[Params], Sequence[Convolution]]
 """The convolutions of a candidate, in the order in which they run."""

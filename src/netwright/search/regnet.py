@@ -5,7 +5,7 @@ from itertools import groupby
 
 import numpy as np
 
-from netwright.search._regnet_anynet import AnyNetSpace, Design
+from netwright.search._regnet_anynet import AnyNetSpace
 from netwright.search._regnet_edf import DesignSpaceEDF, design_space_edf
 from netwright.search._regnet_network import Shape, Stage
 from netwright.search._regnet_space import (
@@ -20,7 +20,7 @@ from netwright.search._regnet_space import (
 )
 from netwright.search.space import Params, Rule
 
-__all__ = ["AnyNetSpace", "Design", "DesignSpaceEDF", "RegNetSpace", "Stage", "design_space_edf"]
+__all__ = ["AnyNetSpace", "DesignSpaceEDF", "RegNetSpace", "Stage", "design_space_edf"]
 
 
 def quantized_widths(depth: int, w0: float, wa: float, wm: float) -> list[int]:

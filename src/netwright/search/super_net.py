@@ -29,11 +29,7 @@ _BATCH = 128
 
 @runtime_checkable
 class Elastic(Protocol):
-    """A super-network, of Netwright's class or of a user's own: a space, and the network of each candidate.
-
-    Attributes:
-        space: the candidates.
-    """
+    """A super-network, of Netwright's class or of a user's own: a space, and the network of each candidate."""
 
     @property
     def space(self) -> SearchSpace:
