@@ -12,6 +12,10 @@ CLAIM = (
 )
 BETTER = "higher"
 SEEDS = 3
+WHY = (
+    "At 2% of LeNet-300-100's weights units that never fire cost nothing that the rewound training does not "
+    "regain; gains of about a point were seen in development on 784-40-20-10 only."
+)
 RATIO = 0.98
 
 

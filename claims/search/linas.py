@@ -11,6 +11,11 @@ CLAIM = (
 )
 BETTER = "lower"
 SEEDS = 5
+WHY = (
+    "It needs 0.19 of NSGA-II's evaluations on average, but one cell whose measured latency is an outlier is "
+    "worth 4% of the hypervolume, and when it is met is luck: from 203 to 893 evaluations, and for NSGA-II from "
+    "1,215 to none in 4,000."
+)
 LIMIT = 4000  # of NSGA-II; where it ends there it counts as having arrived, in its favour
 
 
