@@ -16,7 +16,7 @@ from netwright.cli.main import COMMANDS as MODULES
 from netwright.version import __version__
 
 TASKS = Path(__file__).with_name("bad_tasks.py")
-COMMANDS = ("optimize", "compress", "train", "measure", "methods", "replay", "report", "doctor")
+COMMANDS = ("optimize", "compress", "search", "train", "measure", "methods", "replay", "report", "doctor")
 
 
 def invoke(*words: str) -> str:
