@@ -45,7 +45,7 @@ def component_norm(model: nn.Module) -> float:
     found = []
     for layer in model.modules():
         if isinstance(layer, nn.Sequential) and len(layer) == 3 and isinstance(layer[1], nn.Conv2d):
-            inward, space, outward = (part.weight.detach().double().flatten(1) for part in layer)
+            inward, space, outward = (part.get_parameter("weight").detach().double().flatten(1) for part in layer)
             norms = inward.square().sum(1) * space.square().sum(1) * outward.square().sum(0)
             whole = torch.einsum("rs,rk,tr->skt", inward, space, outward).square().sum()
             found.append((norms.sum() / whole).sqrt().log())
