@@ -26,6 +26,13 @@ __all__ = ["search_command"]
 _SHOWN = 20  # of the front
 
 
+class Engine(StrEnum):
+    """Where candidates are evaluated."""
+
+    local = "local"
+    ray = "ray"
+
+
 class SamplerName(StrEnum):
     """What proposes candidates."""
 
@@ -63,6 +70,7 @@ def search_command(
     out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/search-TASK.", show_default=False)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what lies in the folder.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Evaluations side by side; they disturb each other.")] = 1,
+    engine: Annotated[Engine, typer.Option(help="Processes here, or a Ray cluster.")] = Engine.local,
     seed: Annotated[int, typer.Option(min=0, help="Source of all randomness.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Items in a measured call.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a measured call.")] = 1,
@@ -98,6 +106,7 @@ def search_command(
                 resume=resume,
                 seed=seed,
                 workers=workers,
+                engine=engine.value,
                 batch=batch,
                 threads=threads,
                 progress=progress.update,

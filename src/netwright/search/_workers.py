@@ -2,18 +2,21 @@
 
 import multiprocessing
 import multiprocessing.context
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import cloudpickle
+import torch
 
 from netwright.core.errors import NetwrightError
+from netwright.core.portable import packed, unpacked
 
-__all__ = ["Answer", "Workers"]
+__all__ = ["Answer", "Pool", "Workers", "answer", "opened"]
 
 T = TypeVar("T")
 
@@ -25,6 +28,32 @@ class Answer:
     value: Any
     error: str | None
     seconds: float
+
+
+class Pool(Protocol[T]):
+    """Where candidates are evaluated: each is answered exactly once."""
+
+    @property
+    def free(self) -> bool:
+        """Whether one more may start."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is to come."""
+        ...
+
+    def submit(self, job: T, params: Mapping[str, Any]) -> None:
+        """Start one."""
+        ...
+
+    def next(self) -> list[tuple[T, Answer]]:
+        """What ended; waits for at least one."""
+        ...
+
+    def close(self) -> None:
+        """Stop; what runs is abandoned."""
+        ...
 
 
 class Workers(Generic[T]):
@@ -40,7 +69,7 @@ class Workers(Generic[T]):
 
     def __init__(self, evaluate: Callable[[Mapping[str, Any]], Any], count: int) -> None:
         self._evaluate, self.count = evaluate, count
-        self._payload = cloudpickle.dumps(evaluate) if count > 1 else b""
+        self._payload = packed(evaluate, "What evaluates candidates") if count > 1 else b""
         self._pool: ProcessPoolExecutor | None = None
         self._running: dict[Future[Answer], tuple[T, Mapping[str, Any]]] = {}
         self._ready: list[tuple[T, Answer]] = []
@@ -58,7 +87,7 @@ class Workers(Generic[T]):
     def submit(self, job: T, params: Mapping[str, Any]) -> None:
         """Start one."""
         if self.count == 1:
-            self._ready.append((job, _answer(self._evaluate, params)))
+            self._ready.append((job, answer(self._evaluate, params)))
             return
         if self._pool is None:
             self._pool = ProcessPoolExecutor(self.count, mp_context=_context())
@@ -117,10 +146,27 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 def _remote(payload: bytes, params: Mapping[str, Any]) -> Answer:
-    return _answer(cloudpickle.loads(payload), params)
+    return answer(opened(payload), params)
 
 
-def _answer(evaluate: Callable[[Mapping[str, Any]], Any], params: Mapping[str, Any]) -> Answer:
+def opened(payload: bytes) -> Callable[[Mapping[str, Any]], Any]:
+    """What evaluates, in the process that is to do so; what cannot be read says so of every candidate."""
+    path, inner = unpacked(payload)
+    sys.path.extend(folder for folder in path if folder not in sys.path)
+    torch.set_num_threads(1)
+    try:
+        evaluate: Callable[[Mapping[str, Any]], Any] = cloudpickle.loads(inner)
+    except Exception as error:  # reading runs code of the user's own objects
+        words = f"What evaluates cannot be read in a worker process: {type(error).__name__}: {error}"
+
+        def refuse(params: Mapping[str, Any]) -> Any:
+            raise NetwrightError(words)
+
+        return refuse
+    return evaluate
+
+
+def answer(evaluate: Callable[[Mapping[str, Any]], Any], params: Mapping[str, Any]) -> Answer:
     start = time.monotonic()
     try:
         value = evaluate(dict(params))

@@ -15,7 +15,7 @@ from netwright.core.task import Task
 from netwright.core.transform import Progress
 from netwright.search.measured import Measured
 from netwright.search.result import Direction, SearchResult
-from netwright.search.run import run
+from netwright.search.run import Engine, run
 from netwright.search.space import SearchSpace
 from netwright.search.super_net import Elastic, SuperNet
 
@@ -65,6 +65,7 @@ def explore(
     resume: bool = False,
     seed: int = 0,
     workers: int = 1,
+    engine: Engine = "local",
     batch: int = 1,
     threads: int = 1,
     progress: Progress | None = None,
@@ -88,6 +89,7 @@ def explore(
         resume: go on with what lies there.
         seed: source of all randomness.
         workers: evaluations at a time; latency is then measured beside others.
+        engine: "local" for this machine, "ray" for a Ray cluster (an extra).
         batch: items in a measured call.
         threads: threads of a measured call.
         progress: told the finished fraction and what is going on.
@@ -126,6 +128,7 @@ def explore(
         constraints=constraints,
         seed=seed,
         workers=workers,
+        engine=engine,
         progress=lambda fraction, what: report(begun + (0.98 - begun) * fraction, what),
     )
     files = {} if place is None else _front_files(chosen, task, result, place / "front")

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import optuna
@@ -14,15 +14,19 @@ from optuna.samplers import BaseSampler
 from netwright.core.console import ConsoleProgress
 from netwright.core.errors import RunDirectoryError, SettingError
 from netwright.core.rundir import RunDirectory
+from netwright.search._ray_workers import RayWorkers
 from netwright.search._study import Search, line_of
-from netwright.search._workers import Workers
+from netwright.search._workers import Pool, Workers
 from netwright.search.linas import LINASSampler
 from netwright.search.result import Direction, Limit, SearchResult
 from netwright.search.space import Params, SearchSpace
 
-__all__ = ["run"]
+__all__ = ["Engine", "run"]
 
 Progress: TypeAlias = Callable[[float, str], None]
+Engine: TypeAlias = Literal["local", "ray"]
+"""Where candidates are evaluated."""
+Job: TypeAlias = tuple[optuna.Trial, dict[str, Any]]
 
 
 def run(
@@ -38,6 +42,7 @@ def run(
     constraints: Sequence[str] = (),
     seed: int = 0,
     workers: int = 1,
+    engine: Engine = "local",
     progress: Progress | None = None,
 ) -> SearchResult:
     """Search a space for the front of measured candidates.
@@ -61,6 +66,7 @@ def run(
         seed: source of randomness of the default sampler and of random candidates.
         workers: evaluations at a time; more than one run in processes of their own, and ``evaluate`` is sent there by
             cloudpickle.
+        engine: "local" for this machine, "ray" for a Ray cluster (an extra).
         progress: called with the finished share and a word; None shows a bar with the time left.
 
     Returns:
@@ -88,16 +94,22 @@ def run(
     if budget_s is not None and not budget_s > 0:
         raise SettingError(f"budget_s must be positive, got {budget_s!r}. It counts seconds.")
     end = math.inf if budget_s is None else time.monotonic() + budget_s
+    if engine not in get_args(Engine):
+        raise SettingError(f"engine must be 'local' or 'ray', got {engine!r}.")
+
+    def pool() -> Pool[Job]:
+        return RayWorkers(evaluate, workers) if engine == "ray" else Workers(evaluate, workers)
+
     space.sample(np.random.default_rng(seed))  # raises where no candidate is valid, before anything is written
     settings = _settings(space, objectives, limits, seed)
     if out is None:
         if resume:
             raise SettingError("resume needs a run to go on with. Give its folder as out.")
-        return _search(None, space, evaluate, objectives, limits, sampler, evaluations, end, seed, workers, progress)
+        return _search(None, space, evaluate, objectives, limits, sampler, evaluations, end, seed, pool, progress)
     folder = RunDirectory(Path(out))
     with folder.open() if resume else folder.create(settings) as opened:
         _same(opened, settings)
-        return _search(opened, space, evaluate, objectives, limits, sampler, evaluations, end, seed, workers, progress)
+        return _search(opened, space, evaluate, objectives, limits, sampler, evaluations, end, seed, pool, progress)
 
 
 def _search(
@@ -110,27 +122,27 @@ def _search(
     evaluations: int,
     end: float,
     seed: int,
-    workers: int,
+    pool: Callable[[], Pool[Job]],
     progress: Progress | None,
 ) -> SearchResult:
     search = Search(folder, space, objectives, limits, sampler or LINASSampler(space, seed=seed), seed)
-    pool: Workers[tuple[optuna.Trial, dict[str, Any]]] = Workers(evaluate, workers)
+    workers = pool()
     with ConsoleProgress("search") as bar:
         tell = bar.update if progress is None else progress
         try:
             while True:
-                while pool.free and search.started < evaluations and time.monotonic() < end:
+                while workers.free and search.started < evaluations and time.monotonic() < end:
                     job = search.ask()
                     if job is None:
                         break
-                    pool.submit(job, job[1])
-                if not pool.busy:
+                    workers.submit(job, job[1])
+                if not workers.busy:
                     break
-                for (trial, params), answer in pool.next():
+                for (trial, params), answer in workers.next():
                     search.tell(trial, params, answer)
                     tell(min(1.0, len(search.entries) / evaluations), search.words())
         finally:
-            pool.close()
+            workers.close()
             result = search.result()
             if folder is not None:
                 folder.write("result.json", _summary(result))

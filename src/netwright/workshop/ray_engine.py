@@ -1,14 +1,13 @@
 """Evaluations as Ray actors, on a cluster that is there or on this machine."""
 
-import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import cloudpickle
 
-from netwright.core.errors import NetwrightError
+from netwright.core.portable import unpacked
+from netwright.core.ray_cluster import RayCluster, reason
 from netwright.workshop.evaluation import Evaluator, Outcome, Request, Subject
 from netwright.workshop.portable import portable
 
@@ -31,24 +30,12 @@ class RayEngine:
     """
 
     def __init__(self, subject: Subject, workers: int) -> None:
-        try:
-            import ray  # an extra, loaded only where it is asked for
-        except ImportError as error:
-            raise NetwrightError("--engine ray needs Ray: pip install 'netwright[ray]'.") from error
         self.workers = workers
-        self._ray: Any = ray
+        self._cluster = RayCluster(workers)
+        self._ray = self._cluster.ray
         self._actors: list[Any] = []
-        self._owned = not ray.is_initialized()
-        if self._owned:
-            self._connect(workers)
-        cores = int(self._ray.cluster_resources().get("CPU", 0))
-        if cores < workers:
-            self.close()
-            raise NetwrightError(
-                f"The Ray cluster has {cores} cores for {workers} workers. Ask for fewer by --workers."
-            )
-        self._payload = ray.put(portable(subject))
-        self._class = ray.remote(num_cpus=1)(_Actor)
+        self._payload = self._ray.put(portable(subject))
+        self._class = self._ray.remote(num_cpus=1)(_Actor)
         self._actors = [self._start() for _ in range(workers)]
         self._flying: dict[Any, tuple[int, Request]] = {}
 
@@ -70,8 +57,7 @@ class RayEngine:
         for actor in self._actors:
             self._ray.kill(actor)
         self._actors = []
-        if self._owned:
-            self._ray.shutdown()
+        self._cluster.close()
 
     def _receive(self, reference: Any) -> Outcome:
         index, request = self._flying.pop(reference)
@@ -81,28 +67,10 @@ class RayEngine:
             return outcome
         except self._ray.exceptions.RayError as error:
             self._actors[index] = self._start()
-            return Outcome(request, None, f"The Ray worker died: {_reason(str(error))}", 0.0)
+            return Outcome(request, None, f"The Ray worker died: {reason(str(error))}", 0.0)
 
     def _start(self) -> Any:
         return self._class.remote(self._payload)
-
-    def _connect(self, workers: int) -> None:
-        quiet = {"logging_level": "ERROR", "log_to_driver": False}
-        try:
-            try:
-                self._ray.init(address="auto", **quiet)
-            except ConnectionError:
-                if os.environ.get("RAY_ADDRESS"):
-                    raise
-                self._ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise NetwrightError(f"The Ray cluster cannot be reached: {_reason(str(error))}") from error
-
-
-def _reason(text: str) -> str:
-    """The first and the last line of an error of Ray's, without its colours; between them stands a traceback."""
-    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
-    return " ... ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))[:500]
 
 
 class _Actor:
@@ -112,7 +80,7 @@ class _Actor:
         import torch
 
         torch.set_num_threads(1)
-        path, subject = cloudpickle.loads(payload)
+        path, subject = unpacked(payload)
         sys.path.extend(folder for folder in path if folder not in sys.path)
         self._evaluator = Evaluator(cloudpickle.loads(subject))
 

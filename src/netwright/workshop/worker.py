@@ -15,6 +15,7 @@ from pathlib import Path
 import cloudpickle
 import torch
 
+from netwright.core.portable import unpacked
 from netwright.workshop.evaluation import Evaluator, Outcome, Request
 
 __all__ = ["serve"]
@@ -27,7 +28,7 @@ def serve(handle: int, folder: Path) -> None:
     torch.set_num_threads(1)
     pipe = Connection(handle)
     try:
-        path, subject = cloudpickle.loads(pipe.recv_bytes())
+        path, subject = unpacked(pipe.recv_bytes())
         sys.path[:] = path
         evaluate = _evaluator(subject, folder)
         while True:
