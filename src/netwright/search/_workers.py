@@ -115,7 +115,7 @@ class Workers(Generic[T]):
     def close(self) -> None:
         """Stop; what runs is abandoned."""
         if self._pool is not None:
-            for process in list((self._pool._processes or {}).values()):
+            for process in list((self._pool._processes or {}).values()) if self._running else ():
                 process.terminate()
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None

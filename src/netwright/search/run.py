@@ -126,7 +126,7 @@ def _search(
     progress: Progress | None,
 ) -> SearchResult:
     search = Search(folder, space, objectives, limits, sampler or LINASSampler(space, seed=seed), seed)
-    workers = pool()
+    workers, begun = pool(), time.monotonic()
     with ConsoleProgress("search") as bar:
         tell = bar.update if progress is None else progress
         try:
@@ -140,7 +140,9 @@ def _search(
                     break
                 for (trial, params), answer in workers.next():
                     search.tell(trial, params, answer)
-                    tell(min(1.0, len(search.entries) / evaluations), search.words())
+                    spent = 0.0 if end == math.inf else (time.monotonic() - begun) / (end - begun)
+                    share = max(len(search.entries) / min(evaluations, space.size), spent)
+                    tell(min(1.0, share), search.words())
         finally:
             workers.close()
             result = search.result()
