@@ -149,7 +149,7 @@ def _growth(result: SearchResult) -> figure | None:
     reach = values.max(0) + _MARGIN * np.maximum(np.ptp(values, axis=0), 1e-12)
     volumes = result.hypervolumes(reach)
     last = volumes[-1] or 1.0
-    plot = new_figure("Evaluations", "Hypervolume of the front, share of the last", height=300)
+    plot = new_figure("Evaluations", "Hypervolume, share of the last", height=300)
     plot.name = "growth"
     source = ColumnDataSource(
         {
