@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import linprog
 from sparse_reference import network, regression
 from torch import nn
 
-from netwright.compress._hard_threshold import LeastSquares
+from netwright.compress._hard_threshold import LeastSquares, solve_sparse
 from netwright.compress._sinkhorn import barycentric_target, sinkhorn_plan
 from netwright.compress._weights import FlatWeights
 from netwright.compress.chita import CHITA
@@ -46,6 +48,47 @@ def test_much_entropy_is_uniform() -> None:
     a, b = numbers(1, 5, 8)
     np.testing.assert_allclose(sinkhorn_plan(a, b, 1e8), np.full((5, 8), 1 / 40), rtol=1e-6)
     np.testing.assert_allclose(barycentric_target(sinkhorn_plan(a, b, 1e8), a), np.full(8, a.mean()), rtol=1e-5)
+
+
+@given(st.integers(0, 10_000), st.integers(2, 20), st.sampled_from([0.02, 0.1, 1.0]))
+@settings(max_examples=30, deadline=None)
+def test_the_default_accuracy_of_the_plan(seed, size, eps) -> None:
+    """Columns are exact and rows are off by a thousandth, also where a few entries are far from the rest."""
+    a, noise = numbers(seed, size, size)
+    a = a**3
+    plan = sinkhorn_plan(a, a + 0.3 * noise, eps * float(a.var(correction=0)))
+    torch.testing.assert_close(plan.sum(0), torch.full_like(a, 1 / size), rtol=1e-9, atol=0)
+    torch.testing.assert_close(plan.sum(1), torch.full_like(a, 1 / size), rtol=1.1e-3, atol=0)
+
+
+def test_without_entropy_targets_are_handed_out_by_order() -> None:
+    a, b = torch.tensor([0.3, -2.0, 1.1, 0.9]), torch.tensor([5.0, 6.0, -1.0, 7.0])
+    target = barycentric_target(sinkhorn_plan(a, b, 1e-3), a)
+    torch.testing.assert_close(target, torch.tensor([0.3, 0.9, -2.0, 1.1]))
+
+
+def test_entropy_draws_targets_to_their_mean() -> None:
+    a, b = numbers(6, 30, 30)
+    targets = [barycentric_target(sinkhorn_plan(a, b, eps), a) for eps in (1e-2, 1e-1, 1.0, 10.0)]
+    assert all(float(target.mean()) == pytest.approx(float(a.mean()), abs=2e-3) for target in targets)
+    spreads = [float(target.var()) for target in targets]
+    assert float(a.var()) > spreads[0] > spreads[1] > spreads[2] > spreads[3]
+
+
+def test_without_entropy_it_is_chita_where_the_order_stays() -> None:
+    """Exact transport moves the smallest entry to the smallest: nothing, if the fit has the order of the targets."""
+    problem = random_problem(2)
+    start = problem.anchor
+    w = solve_sparse(problem, start, 9)
+    assert torch.equal((problem.rows @ w).argsort(), problem.target.argsort())
+    same = transport_problem(problem, sinkhorn_plan(problem.target, problem.rows @ w, 1e-6))
+    torch.testing.assert_close(same.target, problem.target, rtol=1e-6, atol=1e-9)
+    method = SWAP(eps=1e-7, alternations=3)
+    torch.testing.assert_close(method._solve(problem, start, 9), w, rtol=1e-6, atol=1e-9)
+    turned = dataclasses.replace(problem, target=-problem.target)
+    swapped = transport_problem(turned, sinkhorn_plan(turned.target, problem.rows @ w, 1e-6))
+    torch.testing.assert_close(swapped.target.sort().values, turned.target.sort().values, rtol=1e-6, atol=0)
+    assert torch.equal(swapped.target.argsort(), problem.target.argsort())
 
 
 def test_identical_assignment_is_chita() -> None:
