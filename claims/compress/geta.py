@@ -19,6 +19,10 @@ CLAIM = (
 )
 BETTER = "higher"
 SEEDS = 5
+WHY = (
+    "At equal size the two are equal: 0.834 each over five seeds. What the claim asks for was not seen with batch "
+    "norms folded before training, nor with fewer bits."
+)
 
 
 def bits(model: nn.Module) -> int:

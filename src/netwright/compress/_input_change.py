@@ -45,10 +45,14 @@ class Augmented(nn.Module):
         inputs: all calibration inputs.
         hidden: channels within the transformation.
         strength: the largest change, in units of the inputs' spread; 0 for none.
+        share: how likely an item is changed when the quantized model reads it in training.
     """
 
-    def __init__(self, model: nn.Module, whole: nn.Module, inputs: Inputs, hidden: int, strength: float) -> None:
+    def __init__(
+        self, model: nn.Module, whole: nn.Module, inputs: Inputs, hidden: int, strength: float, share: float = 1.0
+    ) -> None:
         super().__init__()
+        self.share = share
         self.model, self.whole = model, whole.requires_grad_(False)
         self.changes = nn.ModuleDict(
             {
@@ -77,9 +81,21 @@ class Augmented(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The quantized model's answer to varied inputs, which stay readable as ``seen``."""
+        inputs: Inputs = kwargs or (args[0] if len(args) == 1 else args)
         with torch.no_grad():
-            self.seen, _ = self.vary(kwargs or (args[0] if len(args) == 1 else args))
+            self.seen = self._mixed(inputs, self.vary(inputs)[0])
         return call(self.model, self.seen)
+
+    def _mixed(self, inputs: Inputs, varied: Inputs) -> Inputs:
+        """Items drawn from ``varied``, the others as they are."""
+        plain, changed = parts(inputs), parts(varied)
+        if self.share < 1 and self.changes:
+            picked = torch.rand(len(next(iter(plain.values())))) < self.share
+            for key in self.changes:
+                value = plain[key]
+                mask = picked.to(value.device).view(-1, *(1,) * (value.ndim - 1))
+                changed[key] = torch.where(mask, changed[key], value)
+        return whole_of(inputs, changed)
 
 
 def parts(inputs: Inputs) -> dict[str, Tensor]:

@@ -31,15 +31,20 @@ from netwright.core.transform import Progress
 __all__ = ["MetaAug"]
 
 
-def _surrogate(gradient: Sequence[Tensor], outer: Sequence[Tensor], rate: float) -> Tensor:
-    """``-rate <gradient, outer>``: rises with what the gradient depends on as the outer loss after a step does.
+def _scaled(gradient: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor over its root mean square, that taken as constant: as long as a step of Adam, of any gradient."""
+    return [part / (part.detach().square().mean().sqrt() + 1e-12) for part in gradient]
+
+
+def _surrogate(step: Sequence[Tensor], outer: Sequence[Tensor], rate: float) -> Tensor:
+    """``-rate <step, outer>``: rises with what the step depends on as the outer loss after it does.
 
     Args:
-        gradient: of the inner loss by the model's weights, with its graph.
-        outer: of the outer loss by the same weights after the step, constant.
+        step: from the inner loss, with its graph.
+        outer: gradient of the outer loss by the same weights after the step, constant.
         rate: length of the step.
     """
-    return -rate * torch.stack([(one * two).sum() for one, two in zip(gradient, outer, strict=True)]).sum()
+    return -rate * torch.stack([(one * two).sum() for one, two in zip(step, outer, strict=True)]).sum()
 
 
 def _margin(moved: Tensor, margin: float) -> Tensor:
@@ -75,8 +80,9 @@ class _Bilevel(StepHook):
             varied, moved = self.net.vary(inputs)
             inner = self._apart(self.task.outputs(self.net.model, varied), varied, targets, follow=True)
             gradient = torch.autograd.grad(inner, list(weights.values()), create_graph=True, materialize_grads=True)
-            outer = self._outer_gradient(weights, gradient, inputs, targets)
-            total_loss = _surrogate(gradient, outer, self.rate) + self._kept(varied, moved, inputs, targets)
+            step_taken = _scaled(gradient)
+            outer = self._outer_gradient(weights, step_taken, inputs, targets)
+            total_loss = _surrogate(step_taken, outer, self.rate) + self._kept(varied, moved, inputs, targets)
             slopes = torch.autograd.grad(total_loss, into, materialize_grads=True)
         for value, slope in zip(into, slopes, strict=True):
             value.grad = slope
@@ -85,12 +91,12 @@ class _Bilevel(StepHook):
         self.net.changes.requires_grad_(False)
 
     def _outer_gradient(
-        self, weights: dict[str, Tensor], gradient: Sequence[Tensor], inputs: Inputs, targets: Tensor
+        self, weights: dict[str, Tensor], step: Sequence[Tensor], inputs: Inputs, targets: Tensor
     ) -> tuple[Tensor, ...]:
         """The gradient of the loss on unchanged inputs at the weights that a step would lead to."""
         moved = {
             name: (value - self.rate * slope).detach().requires_grad_(True)
-            for (name, value), slope in zip(weights.items(), gradient, strict=True)
+            for (name, value), slope in zip(weights.items(), step, strict=True)
         }
         args, kwargs = arguments(inputs)
         output = self.task.read(functional_call(self.net.model, moved, args, kwargs))
@@ -127,20 +133,23 @@ class MetaAug:
               z \sim \mathcal{N}(0, I)
 
     with a network of two layers (3 x 3 convolutions for images, linear layers along the last dimension otherwise).
-    The quantized model minimizes :math:`D(g_\phi(x); \theta)`, and the transformation the loss on the unchanged
-    inputs after a step of it,
+    The quantized model minimizes :math:`D` on inputs of which a ``share`` is changed and the others are as they are,
+    and the transformation the loss on the unchanged inputs after a step on changed ones,
 
     .. math:: D(x; \theta') + \lambda\,\mathrm{KL}\big(f(x) \,\|\, f(g_\phi(x))\big)
-              + \max(0, \mu \rho - \|\delta\|_{rms}), \quad \theta' = \theta - \eta \nabla_\theta D(g_\phi(x); \theta)
+              + \max(0, \mu \rho - \|\delta\|_{rms}), \quad
+              \theta' = \theta - \eta \frac{\nabla_\theta D(g_\phi(x); \theta)}{r}
 
-    whose first term has the gradient :math:`-\eta \nabla_\phi \langle \nabla_\theta D(g_\phi(x); \theta),
-    \nabla D(x; \theta') \rangle`, with :math:`\eta` the recipe's learning rate.
+    with :math:`\eta` the recipe's learning rate and :math:`r` the root mean square of the gradient in each tensor,
+    taken as constant. The first term has the gradient :math:`-\eta \nabla_\phi \langle \nabla_\theta
+    D(g_\phi(x); \theta) / r, \nabla D(x; \theta') \rangle`.
 
     Args:
         bits: of weights, 2 to 8.
         activation_bits: 2 to 8.
         calibration_items: training inputs that are seen; their targets are not.
         strength: :math:`\rho`, at most 1; 0 trains on the inputs as they are.
+        share: of the items that are changed when they are read, at random.
         keep: :math:`\lambda`, how much changed inputs must mean the same to the whole model.
         margin: :math:`\mu` from 0 to 1, the least change.
         hidden: channels within the transformation.
@@ -165,7 +174,7 @@ class MetaAug:
 
     Differs: all weights train at once, where the paper reconstructs block after block; the transformation is bounded
     and reads noise, so that every passage sees other inputs, where the paper's is a U-Net without; its meaning is
-    kept by the divergence alone; one SGD step stands in for those of other optimizers.
+    kept by the divergence alone; a gradient scaled tensor by tensor stands in for the optimizer's step.
 
     Cost: a budget of one epoch is as many steps as one of the training split has, on batches of calibration items;
     a step with one of the transformation costs about six forward and backward passes. Memory: two copies of the model.
@@ -175,6 +184,7 @@ class MetaAug:
     activation_bits: int = 8
     calibration_items: int = 32
     strength: float = 0.5
+    share: float = 0.5
     keep: float = 1.0
     margin: float = 0.5
     hidden: int = 16
@@ -193,6 +203,7 @@ class MetaAug:
         for field in ("calibration_items", "hidden", "every"):
             check_count(self, field, getattr(self, field))
         check_number(self, "strength", self.strength, high=1.0)
+        check_number(self, "share", self.share, high=1.0)
         check_number(self, "margin", self.margin, high=1.0)
         check_number(self, "keep", self.keep)
         check_number(self, "transform_lr", self.transform_lr, above=True)
@@ -235,9 +246,8 @@ class MetaAug:
         size = min(recipe.batch_size, len(held[1]))
         steps = epochs * max(1, len(task.data.train) // recipe.batch_size)
         with isolated(seed):
-            net = Augmented(quantized, copy.deepcopy(model).eval(), held[0], self.hidden, self.strength).to(
-                device_of(model)
-            )
+            whole = copy.deepcopy(model).eval()
+            net = Augmented(quantized, whole, held[0], self.hidden, self.strength, self.share).to(device_of(model))
         rate = float(recipe.optimizer_settings.get("lr", 1e-3))
         hook = _Bilevel(self, net, task, held, rate)
         train_split: Dataset = [(take_items(held[0], at), held[1][at]) for at in torch.arange(len(held[1]))]
