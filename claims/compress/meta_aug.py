@@ -39,8 +39,12 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     epochs = 0.5 if smoke else EPOCHS
     untrained = MetaAug(2, 4, ITEMS, strength=0.0)(model, task, budget=0.0, seed=seed)
     found = {"whole": evaluate(model, task, "test"), "untrained": evaluate(untrained, task, "test")}
-    for name, strength in (("method", MetaAug.strength), ("baseline", 0.0)):
-        method = MetaAug(2, 4, ITEMS, strength)
+    arms = {
+        "method": MetaAug(2, 4, ITEMS),
+        "baseline": MetaAug(2, 4, ITEMS, strength=0.0),
+        "random": MetaAug(2, 4, ITEMS, transform_lr=1e-12),  # changes that are not learned
+    }
+    for name, method in arms.items():
         tried = [method(model, _at(task, rate), budget=epochs, seed=seed) for rate in RATES]
         scores = [evaluate(each, task, "val") for each in tried]
         best = scores.index(max(scores))

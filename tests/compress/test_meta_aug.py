@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from netwright.compress._calibrated import calibrated, levels
 from netwright.compress._input_change import Augmented
-from netwright.compress.meta_aug import MetaAug, _Bilevel, _margin
+from netwright.compress.meta_aug import MetaAug, _Bilevel, _margin, _scaled
 from netwright.core.data import Data, batches
 from netwright.core.errors import TransformError
 from netwright.core.fit import fit
@@ -81,7 +81,10 @@ def test_the_transformation_follows_autograd_through_the_step() -> None:
     weights = dict(model.named_parameters())
     inner = apart(whole(varied), model(varied), 2.0)
     gradient = torch.autograd.grad(inner, list(weights.values()), create_graph=True)
-    after = {name: value - 0.7 * part for (name, value), part in zip(weights.items(), gradient, strict=True)}
+    after = {
+        name: value - 0.7 * part / part.detach().square().mean().sqrt()
+        for (name, value), part in zip(weights.items(), gradient, strict=True)
+    }
     outer = apart(whole(x), functional_call(model, after, x), 2.0)
     least = functional.relu(0.9 * 0.6 - moved.square().mean(1).sqrt()).mean()
     loss = outer + 0.3 * apart(whole(x), whole(varied), 1.0) + least
@@ -102,6 +105,29 @@ def test_the_step_matters_to_the_transformation() -> None:
     assert sum(float(part.abs().sum()) for part in hook.optimizer.seen) > 1e-6
 
 
+@pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 0), (0.25, 60, 140), (1.0, 400, 400)])
+def test_a_share_of_the_items_is_changed_and_the_others_are_read_as_they_are(share, least, most) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 4)
+    net = Augmented(small(), small(), x, 5, 0.6, share)
+    output = net(x)
+    assert torch.equal(output, net.model(net.seen))
+    changed = (net.seen != x).any(1)
+    assert torch.equal(changed, (net.seen != x).all(1))
+    assert least <= int(changed.sum()) <= most
+
+
+def test_the_length_of_the_step_does_not_depend_on_that_of_the_gradient() -> None:
+    gradient = [torch.tensor([[3.0, -4.0]]), torch.zeros(3)]
+    for factor in (1e-6, 1.0, 1e6):
+        step = _scaled([factor * part for part in gradient])
+        torch.testing.assert_close(step[0], gradient[0] / 12.5**0.5)
+        assert not step[1].any()
+    leaf = torch.tensor([3.0, -4.0], requires_grad=True)
+    _scaled([leaf**2])[0].sum().backward()  # the root mean square counts as constant
+    torch.testing.assert_close(leaf.grad, torch.tensor([6.0, -8.0]) / ((81 + 256) / 2) ** 0.5)
+
+
 def test_margin_by_hand() -> None:
     moved = torch.tensor([[0.3, 0.4], [3.0, 4.0]])
     assert float(_margin(moved, 1.0)) == pytest.approx((1 - (0.25 / 2) ** 0.5) / 2, abs=1e-5)
@@ -118,6 +144,8 @@ def test_without_changes_it_is_distillation_on_the_calibration_items() -> None:
     plain = fit(made.module, few, recipe, seed=5, teacher=copy.deepcopy(model), validate=False).model
     for one, two in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+    unchanged = MetaAug(4, 6, 16, share=0.0)(model, found, seed=5)
+    assert all(map(torch.equal, ours.parameters(), unchanged.parameters()))
     other = MetaAug(4, 6, 16)(model, found, seed=5)
     assert not torch.equal(next(other.parameters()), next(ours.parameters()))
 
@@ -149,6 +177,7 @@ def test_conformance() -> None:
         ({"activation_bits": 16}, "activation_bits must be an integer from 2 to 8"),
         ({"bits": True}, "bits must be an integer"),
         ({"strength": 1.5}, "strength must be a finite number"),
+        ({"share": 1.1}, "share must be a finite number"),
         ({"margin": -0.1}, "margin must be a finite number"),
         ({"calibration_items": 0}, "calibration_items must be a positive integer"),
         ({"temperature": 0.0}, "temperature must be a finite number, greater than 0"),

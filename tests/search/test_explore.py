@@ -63,7 +63,7 @@ def task():
         Data(split(), split(), split()),
         nn.functional.cross_entropy,
         score,
-        recipe=Recipe(epochs=20, batch_size=32, optimizer_settings={"lr": 1e-2}, schedule_settings={"max_lr": 1e-2}),
+        recipe=Recipe(epochs=6, batch_size=32, optimizer_settings={"lr": 1e-2}, schedule_settings={"max_lr": 1e-2}),
     )
 
 
