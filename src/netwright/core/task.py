@@ -205,11 +205,15 @@ def load_task(spec: str) -> Task:
             f"No task {spec!r}. Built in are {', '.join(builtin_tasks())}; your own is written file.py:name or "
             "module:name."
         )
-    return _as_task(load_object(spec), spec)
+    return _as_task(load_object(spec, "the Task, or a function that returns one,"), spec)
 
 
-def load_object(spec: str) -> Any:
+def load_object(spec: str, what: str = "what it defines") -> Any:
     """What ``file.py:name`` or ``module:name`` names: a user's own code, which is run for it.
+
+    Args:
+        spec: the place and the name.
+        what: what is to be named, for the message.
 
     Raises:
         TaskError: nothing of that name, or a file that raises.
@@ -219,7 +223,7 @@ def load_object(spec: str) -> Any:
         raise TaskError(f"{spec!r} names nothing. Your own is written file.py:name or module:name.")
     module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
     if not hasattr(module, name):
-        raise TaskError(f"{place} defines no {name!r}. Name what it defines after the colon.")
+        raise TaskError(f"{place} defines no {name!r}. Name {what} after the colon.")
     return getattr(module, name)
 
 
