@@ -85,16 +85,33 @@ def test_paths_of_random_graphs_are_those_listed_one_by_one(seed, nodes):
     assert scaling.relative_lr == pytest.approx(float(Fraction(sum(depth**3 for depth in listed))) ** -0.5)
 
 
+def _summands(edges):
+    """How many terms each vertex sums: a sum that only another sum reads is part of it, as a traced graph has it."""
+    same = [0]  # the vertex that each one is: another where nothing but that one enters, as it is
+    for j, row in enumerate(edges):
+        entering = [i for i, edge in enumerate(row) if edge]
+        alone = len(entering) == 1 and row[entering[0]] == 1
+        same.append(same[entering[0]] if alone else j + 1)
+    readers = [[] for _ in same]
+    for j, row in enumerate(edges):
+        if same[j + 1] == j + 1:
+            for i, edge in enumerate(row):
+                if edge:
+                    readers[same[i]].append(j)
+    counts = [1]
+    for j, row in enumerate(edges):
+        nested = [edge == 1 and len(readers[same[i]]) == 1 for i, edge in enumerate(row)]
+        parts = [counts[same[i]] if nested[i] else 1 for i, edge in enumerate(row) if edge]
+        counts.append(counts[same[j + 1]] if same[j + 1] != j + 1 else sum(parts))
+    return counts
+
+
 @settings(max_examples=4, deadline=None)
 @given(st.integers(0, 10**6))
 def test_in_degrees_of_random_graphs(seed):
     edges = _connected(random.Random(seed), 5)
     variances = architecture_scaling(Wired(edges), torch.zeros(2, 3)).variances
-    degrees = [1]
-    for row in edges:
-        entering = [i for i, edge in enumerate(row) if edge]
-        alone = len(entering) == 1 and row[entering[0]] == 1  # then the vertex is the other one, not a sum
-        degrees.append(degrees[entering[0]] if alone else len(entering))
+    degrees = _summands(edges)
     assert variances["stem.weight"] == pytest.approx(2 / 3)
     assert variances["readout.weight"] == pytest.approx(1 / _WIDTH**2)
     for j, row in enumerate(edges):
