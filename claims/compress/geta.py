@@ -19,10 +19,7 @@ CLAIM = (
 )
 BETTER = "higher"
 SEEDS = 5
-WHY = (
-    "At equal size the two are equal: 0.834 each over five seeds. What the claim asks for was not seen with batch "
-    "norms folded before training, nor with fewer bits."
-)
+WHY = "At equal size the two are equal: 0.834 each over five seeds."
 
 
 def bits(model: nn.Module) -> int:

@@ -16,10 +16,7 @@ CLAIM = (
 )
 BETTER = "higher"
 SEEDS = 3
-WHY = (
-    "Ahead on two seeds and behind on one, within 1.2 points: with strengths chosen on val both leave about the "
-    "same units."
-)
+WHY = "Ahead by about a point on two seeds and behind by 1.2 on the third."
 RATIO = 0.95
 ENVELOPE = (1.0, 4.0, 16.0)
 LASSO = (0.5, 1.0, 2.0)  # 1: a unit of mean length that no gradient holds is just gone at the end of the search
