@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from netwright.cli.app import app
 from netwright.cli.search import search_command
 from netwright.core.data import Data
-from netwright.core.errors import RunDirectoryError, SettingError
+from netwright.core.errors import NetwrightError, RunDirectoryError, SettingError
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.search import explore
@@ -110,6 +110,22 @@ def test_what_is_not_measured_is_named():
         explore(task(), objectives=())
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"constraints": ["speed<=3"]}, "Constraint speed<=3 speaks of 'speed'"),
+        ({"constraints": ["macs<=1", "macs>=2"]}, "contradict each other"),
+        ({"constraints": ["macs"]}, "is not of the form"),
+        ({"budget_s": -1.0}, "budget_s must be positive"),
+        ({"evaluations": 0}, "evaluations must be at least 1"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(settings, message, tmp_path):
+    with pytest.raises(SettingError, match=message):
+        explore(task(), out=tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
 def call(*arguments):
     assert search_command
     return CliRunner().invoke(app, ["search", *map(str, arguments)])
@@ -149,3 +165,11 @@ def test_the_command_prints_the_space(tmp_path):
     wrong = call(f"{file}:task", "--space", f"{file}:nothing")
     assert isinstance(wrong.exception, SettingError)
     assert "is no super-network" in str(wrong.exception)
+
+
+def test_the_command_says_that_nothing_meets_a_constraint(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    done = call(f"{file}:task", "--space", f"{file}:Stack", "--constraint", "macs<=5", "--out", tmp_path / "run")
+    assert isinstance(done.exception, NetwrightError)
+    assert "None of 3 measured candidates meets macs<=5; the nearest misses by 23" in str(done.exception)

@@ -4,6 +4,7 @@ import json
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -61,7 +62,8 @@ def search_command(
     ] = None,
     evaluations: Annotated[int, typer.Option(min=1, help="Candidates to measure in all.")] = 100,
     budget: Annotated[
-        str | None, typer.Option(help="Time after which none is begun, e.g. 10m.", show_default=False)
+        str | None,
+        typer.Option(help="Time of the search, training aside, e.g. 10m.", show_default=False),
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(min=0, help="Training of the super-network. Default: the recipe's.")
@@ -116,8 +118,10 @@ def search_command(
                 typer.echo(f"Interrupted. Repeat the command with --resume --out {place} to go on.", err=True)
             raise
     failed = result.result.failed
-    if len(failed) == len(result.result.evaluations):
+    if failed and len(failed) == len(result.result.evaluations):
         raise NetwrightError(f"All {len(failed)} candidates failed. The first one: {failed[0].error}")
+    if not result.result.front:
+        raise NetwrightError(_nothing(result, constraint or ()))
     command = shlex.join(["netwright", *(word for word in sys.argv[1:] if word != "--resume")])
     report = write_search_report(result.result, result.space, place, task=task, files=result.front, command=command)
     if as_json:
@@ -126,6 +130,18 @@ def search_command(
     console = Console()
     console.print(_table(result))
     console.print(f"Report: {report}", markup=False, soft_wrap=True)
+
+
+def _nothing(found: Explored, constraints: Sequence[str]) -> str:
+    """Why there is no front, and what helps."""
+    measured = len(found.result.evaluations) - len(found.result.failed)
+    if not measured:
+        return "No candidate was measured within the budget. Give more --budget, and --resume."
+    nearest = min((max(entry.violations) for entry in found.result.evaluations if entry.violations), default=0.0)
+    return (
+        f"None of {measured} measured candidates meets {', '.join(constraints)}; the nearest misses by {nearest:.3g}. "
+        "Loosen the constraint in another folder, or give more --evaluations with --resume."
+    )
 
 
 def _given(name: str, task: Task) -> Elastic:

@@ -1,12 +1,14 @@
 """Search the sub-networks of a task's network: train a super-network, measure candidates, keep the front."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from optuna.samplers import BaseSampler
 
 from netwright.core.artifact import load_weights, save_weights
+from netwright.core.console import ConsoleProgress
 from netwright.core.errors import RunDirectoryError, SettingError
 from netwright.core.files import atomic_write
 from netwright.core.onnx_export import export_onnx
@@ -15,7 +17,7 @@ from netwright.core.task import Task
 from netwright.core.transform import Progress
 from netwright.search.measured import Measured
 from netwright.search.result import Direction, SearchResult
-from netwright.search.run import Engine, run
+from netwright.search.run import Engine, checked, run
 from netwright.search.space import SearchSpace
 from netwright.search.super_net import Elastic, SuperNet
 
@@ -82,7 +84,7 @@ def explore(
         objectives: of :data:`METRICS`.
         constraints: hard constraints on them, such as ``"latency_ms<=0.2"``.
         evaluations: how many candidates are measured in all.
-        budget_s: seconds after which no further candidate is begun.
+        budget_s: seconds of searching, training aside, after which no further candidate is begun.
         sampler: any Optuna sampler; None for LINAS.
         epochs: of training the super-network; None is the recipe's.
         out: folder for the super-network, the log, and the ONNX files of the front.
@@ -92,7 +94,7 @@ def explore(
         engine: "local" for this machine, "ray" for a Ray cluster (an extra).
         batch: items in a measured call.
         threads: threads of a measured call.
-        progress: told the finished fraction and what is going on.
+        progress: told the finished fraction and what is going on; None shows a bar with the time left.
 
     Raises:
         SettingError: an unknown objective, or a setting out of its range.
@@ -106,33 +108,37 @@ def explore(
             f"{f'{unknown[0]!r} is not measured' if unknown else 'No objective is named'}. "
             f"Known are {', '.join(METRICS)}."
         )
+    goals = {name: METRICS[name] for name in objectives}
+    for limit in checked(goals, constraints, evaluations, workers, budget_s, engine):
+        if limit.metric not in METRICS:
+            raise SettingError(f"Constraint {limit} speaks of {limit.metric!r}. Measured are {', '.join(METRICS)}.")
     place = None if out is None else Path(out)
     if place is not None and not resume and place.exists() and any(place.iterdir()):
         raise RunDirectoryError(f"{place} is not empty. Give another folder, or resume what lies there.")
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
-    report = progress or (lambda fraction, what: None)
-    trained = net is None
-    chosen = _super_net(task, place, epochs, seed, report) if net is None else net
-    begun = _TRAINING if trained else 0.0
-    log = None if place is None else place / "search"
-    result = run(
-        chosen.space,
-        Measured(chosen, task, batch=batch, threads=threads),
-        {name: METRICS[name] for name in objectives},
-        sampler=sampler,
-        evaluations=evaluations,
-        budget_s=budget_s,
-        out=log,
-        resume=resume and log is not None and log.exists(),
-        constraints=constraints,
-        seed=seed,
-        workers=workers,
-        engine=engine,
-        progress=lambda fraction, what: report(begun + (0.98 - begun) * fraction, what),
-    )
-    files = {} if place is None else _front_files(chosen, task, result, place / "front")
-    report(1.0, f"{len(result.front)} on the front")
+    with ExitStack() as stack:
+        report = progress or stack.enter_context(ConsoleProgress(f"search {task.name}")).update
+        begun = _TRAINING if net is None else 0.0
+        chosen = _super_net(task, place, epochs, seed, report) if net is None else net
+        log = None if place is None else place / "search"
+        result = run(
+            chosen.space,
+            Measured(chosen, task, batch=batch, threads=threads),
+            goals,
+            sampler=sampler,
+            evaluations=evaluations,
+            budget_s=budget_s,
+            out=log,
+            resume=resume and log is not None and log.exists(),
+            constraints=constraints,
+            seed=seed,
+            workers=workers,
+            engine=engine,
+            progress=lambda fraction, what: report(begun + (0.98 - begun) * fraction, what),
+        )
+        files = {} if place is None else _front_files(chosen, task, result, place / "front")
+        report(1.0, f"{len(result.front)} on the front")
     return Explored(chosen, chosen.space, result, files)
 
 

@@ -21,7 +21,7 @@ from netwright.search.linas import LINASSampler
 from netwright.search.result import Direction, Limit, SearchResult
 from netwright.search.space import Params, SearchSpace
 
-__all__ = ["Engine", "run"]
+__all__ = ["Engine", "checked", "run"]
 
 Progress: TypeAlias = Callable[[float, str], None]
 Engine: TypeAlias = Literal["local", "ray"]
@@ -90,12 +90,8 @@ def run(
 
     Cost: beside the evaluations what the sampler takes, and one flushed line each.
     """
-    limits = _checked(objectives, constraints, evaluations, workers)
-    if budget_s is not None and not budget_s > 0:
-        raise SettingError(f"budget_s must be positive, got {budget_s!r}. It counts seconds.")
+    limits = checked(objectives, constraints, evaluations, workers, budget_s, engine)
     end = math.inf if budget_s is None else time.monotonic() + budget_s
-    if engine not in get_args(Engine):
-        raise SettingError(f"engine must be 'local' or 'ray', got {engine!r}.")
 
     def pool() -> Pool[Job]:
         return RayWorkers(evaluate, workers) if engine == "ray" else Workers(evaluate, workers)
@@ -151,10 +147,23 @@ def _search(
     return result
 
 
-def _checked(
-    objectives: Mapping[str, Direction], constraints: Sequence[str], evaluations: int, workers: int
+def checked(
+    objectives: Mapping[str, Direction],
+    constraints: Sequence[str],
+    evaluations: int,
+    workers: int,
+    budget_s: float | None,
+    engine: str,
 ) -> list[Limit]:
-    """The constraints, read; raises where a setting is impossible."""
+    """The constraints, read; settings as :func:`run` has them.
+
+    Raises:
+        SettingError: a setting that is impossible.
+    """
+    if engine not in get_args(Engine):
+        raise SettingError(f"engine must be 'local' or 'ray', got {engine!r}.")
+    if budget_s is not None and not budget_s > 0:
+        raise SettingError(f"budget_s must be positive, got {budget_s!r}. It counts seconds.")
     if not objectives:
         raise SettingError("A search needs at least one objective, such as {'accuracy': 'maximize'}.")
     for name, way in objectives.items():

@@ -89,7 +89,9 @@ class Study:
         self.entries = _entries(run.path / EVALUATIONS, lines)
         self.failed = sum(entry.point is None for entry in self.entries)
         self._next = 1 + max((entry.number for entry in self.entries), default=-1)
-        self._known = {key(space.steps(entry.params)) for entry in self.entries}
+        self._known = {
+            key(space.steps(entry.params) if entry.point is None else entry.point.steps) for entry in self.entries
+        }
         self._rng = np.random.default_rng([seed, len(lines)])
         self._study = self._open(run.path / _JOURNAL, self._sampler(sampler, seed + len(lines)))
         self._study.add_trials([self._frozen(line) for line in lines])
