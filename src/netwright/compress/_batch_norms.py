@@ -1,17 +1,12 @@
 """Batch norms of a traced graph as modules whose statistics follow the data again."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from netwright.compress._fold import attribute, op_name
-from netwright.core.data import Inputs, call, to_device
-from netwright.core.evaluate import device_of
 
-__all__ = ["drop_unused", "free_name", "norm_of", "reestimate", "thaw"]
+__all__ = ["drop_unused", "free_name", "norm_of", "thaw"]
 
 _EPSILON = {"batch_norm": 7, "_native_batch_norm_legit_no_training": 6}  # position of epsilon among the arguments
 _KINDS: dict[int, type[_BatchNorm]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -70,33 +65,6 @@ def norm_of(module: fx.GraphModule, node: fx.Node) -> _BatchNorm | None:
             norm.weight.requires_grad_(scale.requires_grad)
             norm.bias.requires_grad_(shift.requires_grad)
     return norm.eval()
-
-
-def reestimate(module: nn.Module, inputs: list[Inputs]) -> None:
-    """Let every batch norm take its statistics from ``inputs`` anew."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
-    if not norms:
-        return
-    device = device_of(module)
-    with torch.no_grad(), _averaging(norms):
-        for batch in inputs:
-            call(module, to_device(batch, device))
-
-
-@contextmanager
-def _averaging(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Inside, the statistics of ``norms`` are means over the batches seen."""
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.eval()
 
 
 def free_name(module: nn.Module, stem: str) -> str:

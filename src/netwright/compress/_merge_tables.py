@@ -15,12 +15,13 @@ import torch
 from onnx import TensorProto, helper
 from torch import fx, nn
 
-from netwright.compress._batch_norms import drop_unused, reestimate
+from netwright.compress._batch_norms import drop_unused
 from netwright.compress._fold import op_name
 from netwright.compress._merge_chains import Chain, Layer, image_size
 from netwright.compress._merge_convolutions import Extent, Pair
 from netwright.compress._merge_plan import Choice, apply
 from netwright.compress._merge_segment import extent_of
+from netwright.core.batch_statistics import reestimate
 from netwright.core.data import Batch, to_device
 from netwright.core.evaluate import device_of
 from netwright.core.losses import task_loss

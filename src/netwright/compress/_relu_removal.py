@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from netwright.compress._batch_norms import reestimate, thaw
+from netwright.compress._batch_norms import thaw
 from netwright.compress._relus import ReluLayer, find_relus, thinned, without_relus
 from netwright.compress._settings import check_weights, require_loss
 from netwright.compress._training import train
 from netwright.compress.prune import Prune
 from netwright.compress.quantize import trace
+from netwright.core.batch_statistics import reestimate
 from netwright.core.data import Inputs, batches
 from netwright.core.errors import NothingToPruneError, TransformError
 from netwright.core.evaluate import evaluate

@@ -10,7 +10,7 @@ from typing import ClassVar, get_args
 import torch
 from torch import fx, nn
 
-from netwright.compress._batch_norms import reestimate, thaw
+from netwright.compress._batch_norms import thaw
 from netwright.compress._merge_chains import find_chains
 from netwright.compress._merge_plan import Actions, Choice, Entry, best_path, choices, least, merge_all
 from netwright.compress._merge_tables import CostKind, choice_costs, importance, loss_of, with_choices
@@ -24,6 +24,7 @@ from netwright.compress._settings import (
 )
 from netwright.compress._training import train
 from netwright.compress.quantize import trace
+from netwright.core.batch_statistics import reestimate
 from netwright.core.data import Batch, batches
 from netwright.core.errors import TransformError
 from netwright.core.recipe import Recipe

@@ -47,6 +47,6 @@ def unpacked(payload: bytes) -> tuple[list[str], bytes]:
     Args:
         payload: of :func:`packed`, straight from the process that packed it.
     """
-    found: Any = cloudpickle.loads(payload)
+    found: Any = cloudpickle.loads(payload)  # bytes of the process that started this one, never of a file
     path, inner = found
     return list(path), bytes(inner)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from netwright.core.data import Batch, Inputs, batches, call
+from netwright.core.batch_statistics import reestimate
+from netwright.core.data import Batch, Inputs, batches
 from netwright.core.errors import NonFiniteLossError
 from netwright.core.graph.export import arguments
 from netwright.core.losses import task_loss
@@ -30,22 +31,12 @@ def network_loss(task: Task, model: nn.Module, parameters: dict[str, Tensor], ba
 
 def settle_norms(model: nn.Module, inputs: Sequence[Inputs] | None) -> None:
     """Give the batch norms of a model in eval mode the statistics of ``inputs``; see ``GraphHyperNetwork.predict``."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     if inputs is None:
-        for norm in norms:
+        for norm in [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]:
             norm.track_running_stats = False
             norm.running_mean = norm.running_var = norm.num_batches_tracked = None
         return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-        norm.train()
-    for batch in inputs:
-        call(model, batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
+    reestimate(model, inputs)
 
 
 def train(

@@ -74,6 +74,9 @@ class RayWorkers(Generic[T]):
 
 
 def _evaluated(payload: bytes, params: bytes) -> bytes:
-    """Runs in a process of Ray's; bytes in, bytes out, so that Ray needs to know none of our types."""
+    """Runs in a process of Ray's; bytes in, bytes out, so that Ray needs to know none of our types.
+
+    They come from this search and go back to it; nothing is read from a file.
+    """
     found: bytes = cloudpickle.dumps(answer(opened(payload), cloudpickle.loads(params)))
     return found

@@ -155,6 +155,7 @@ def opened(payload: bytes) -> Callable[[Mapping[str, Any]], Any]:
     sys.path.extend(folder for folder in path if folder not in sys.path)
     torch.set_num_threads(1)
     try:
+        # the caller's own function, from the process that started this one
         evaluate: Callable[[Mapping[str, Any]], Any] = cloudpickle.loads(inner)
     except Exception as error:  # reading runs code of the user's own objects
         words = f"What evaluates cannot be read in a worker process: {type(error).__name__}: {error}"
