@@ -117,16 +117,14 @@ class SuperNet:
         self._graph = trace(self.model, task.example(2))
         self._orders = {group.name: _order(self.model, group) for group in self._graph.groups if group.exact}
         self._branches = _branches(self.model, self._graph, task.example(2)) if depth else ()
-        self._space = SearchSpace(*self._decisions(least, levels))
+        self._space = self._elastic(least, levels)
 
     @property
     def space(self) -> SearchSpace:
         """The sub-networks."""
         return self._space
 
-    def _decisions(
-        self, least: float, levels: int
-    ) -> tuple[dict[str, BaseDistribution], tuple[()], dict[str, Callable[[Params], bool]]]:
+    def _elastic(self, least: float, levels: int) -> SearchSpace:
         decisions: dict[str, BaseDistribution] = {}
         for branch in self._branches:
             decisions[f"branch/{branch.name}"] = CategoricalDistribution((True, False))
@@ -146,7 +144,7 @@ class SuperNet:
                 f"Nothing in {type(self.model).__name__} is elastic: it has no residual branch, and no group of units "
                 f"that can be cut exactly. What stood in the way: {stopped or 'no layers'}."
             )
-        return decisions, (), active
+        return SearchSpace(decisions, active=active)
 
     def largest(self) -> dict[str, Any]:
         """The whole network as a candidate."""
@@ -175,16 +173,13 @@ class SuperNet:
         reestimate(small, (inputs for _, (inputs, _) in zip(range(max(1, self._items // _BATCH)), drawn, strict=False)))
         return small.eval()
 
-    def fit(
-        self, recipe: Recipe | None = None, *, seed: int = 0, progress: Progress | None = None, validate: bool = False
-    ) -> None:
+    def fit(self, recipe: Recipe | None = None, *, seed: int = 0, progress: Progress | None = None) -> None:
         """Train the shared weights, in place.
 
         Args:
             recipe: how; None is the task's.
             seed: draws batches and sub-networks.
             progress: told how far it is.
-            validate: score the whole network after every epoch.
 
         Raises:
             NonFiniteLossError: a loss that is NaN or infinite.
@@ -193,7 +188,7 @@ class SuperNet:
         if self._task.fit is not None:
             raise SettingError("A super-network is trained by drawing sub-networks; the task's own fit= does not.")
         drawn = _Drawn(self.model, self, seed)
-        fit(drawn, self._task, recipe or self._task.recipe, seed=seed, progress=progress, validate=validate)
+        fit(drawn, self._task, recipe or self._task.recipe, seed=seed, progress=progress, validate=False)
         self.model.eval()
 
     def masks(self, params: Params) -> dict[str, Tensor]:
