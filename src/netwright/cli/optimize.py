@@ -11,18 +11,12 @@ import typer
 from rich.console import Console
 
 from netwright.cli.app import app
+from netwright.cli.choices import Engine
 from netwright.face import optimize
 from netwright.report import read_run, summary_table
 from netwright.workshop import STEPS, Job, dry_run, parse_budget, parse_keep, parse_steps, parse_targets
 
-__all__ = ["Engine", "optimize_command"]
-
-
-class Engine(StrEnum):
-    """Where candidates are evaluated."""
-
-    local = "local"
-    ray = "ray"
+__all__ = ["optimize_command"]
 
 
 class SamplerName(StrEnum):

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from netwright.cli.app import app
+from netwright.cli.choices import Engine
 from netwright.core.console import ConsoleProgress
 from netwright.core.errors import NetwrightError, SettingError
 from netwright.core.task import Task, load_object, load_task
@@ -25,13 +26,6 @@ from netwright.workshop import parse_budget
 __all__ = ["search_command"]
 
 _SHOWN = 20  # of the front
-
-
-class Engine(StrEnum):
-    """Where candidates are evaluated."""
-
-    local = "local"
-    ray = "ray"
 
 
 class SamplerName(StrEnum):
