@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -122,8 +122,11 @@ def compute_lookups(proto: Any) -> None:
         return
     for name, value in zip(wanted, _evaluated(proto, constant, wanted), strict=True):
         graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
-    done = set(wanted)
-    kept = [node for node in graph.node if not done.intersection(node.output)]
+    needed = read.difference(wanted)
+    for node in reversed(constant):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+    kept = [node for node in graph.node if needed.intersection(node.output) or not known.issuperset(node.output)]
     del graph.node[:]
     graph.node.extend(kept)
 
@@ -159,8 +162,11 @@ def _evaluated(proto: Any, nodes: list[Any], wanted: list[str]) -> list[NDArray[
     weights = [item for item in proto.graph.initializer if item.name in read]
     outputs = [onnx.ValueInfoProto(name=name) for name in wanted]
     graph = helper.make_graph(nodes, "lookups", [], outputs, weights)
-    model = helper.make_model(graph, opset_imports=list(proto.opset_import))
-    return [np.asarray(value) for value in ReferenceEvaluator(model).run(None, {})]
+    model = helper.make_model(graph, opset_imports=list(proto.opset_import), ir_version=proto.ir_version)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [np.asarray(value) for value in session.run(None, {})]
 
 
 def _reads(node: Any) -> list[str]:
