@@ -19,6 +19,7 @@ CLAIM = (
 )
 BETTER = "lower"
 PARITY = 0.03
+SEEDS = 10
 SHARE = 0.25
 RIDGES = (1e-8, 1e-4, 1e-2)
 

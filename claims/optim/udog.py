@@ -20,10 +20,7 @@ CLAIM = (
     "the ratio of losses below 1.1."
 )
 BETTER = "lower"
-WHY = (
-    "Over seeds 0 to 2 the ratio is 1.06 on average and below 1.1 each time, but three seeds place its mean only "
-    "within 0.98 and 1.13: on breast cancer alone U-DoG's test loss is 7% to 31% above that of SGD."
-)
+SEEDS = 8
 
 Optimizer = torch.optim.SGD | UDoG | DoG
 

@@ -539,6 +539,40 @@ def test_wrong_numbers_are_never_chosen(measured):
         _choose(Int8(), [replace(row, right=False) for row in wrong])
 
 
+# Layers that stay in float
+
+
+def test_all_but_the_last_layer_skipped_is_one_rounded_product(digits):
+    """Against numpy: the float network's features and the last weight on grids of their own."""
+    before, last = digits.model[:-1], digits.model[-1]
+    images = digits.data.train.tensors[0]
+    result = Int8(skip=tuple("0134"), calibration_items=len(images) // 32 * 32 + 32)(digits.model, digits)
+    with torch.no_grad():
+        seen = before(images).double().numpy()
+    step = seen.max() / 255  # after ReLU and a mean nothing is below zero
+    rounded = np.clip(np.rint(before(images[:50]).detach().double().numpy() / step), 0, 255) * step
+    scale = np.abs(last.weight.detach().numpy()).max(1, keepdims=True).astype(np.float64) / 127
+    weight = np.rint(last.weight.detach().numpy() / scale) * scale
+    expected = rounded @ weight.T + last.bias.detach().numpy()
+    exact = last(before(images[:50])).detach().numpy()
+    assert np.abs(outputs(result, images[:50]).numpy() - expected).max() < 0.1 * np.abs(exact - expected).max()
+
+
+def test_skipped_layers_are_stored_and_run_in_float(digits, tmp_path):
+    path = tmp_path / "mixed.onnx"
+    mixed = Int8(skip=("0", "3.conv2", "7"))(digits.model, digits)
+    export_onnx(mixed, digits.example(), path)
+    stored = collections.Counter(
+        item.data_type for item in onnx.load(path).graph.initializer if len(item.dims) > 1 and np.prod(item.dims) > 16
+    )
+    assert stored == {onnx.TensorProto.FLOAT: 3, onnx.TensorProto.INT8: 4}
+    found = kernels(path, tmp_path)
+    assert found["QLinearConv"] == 4
+    assert found["FusedConv"] + found["Conv"] == 2
+    images = digits.data.test.tensors[0]
+    torch.testing.assert_close(OnnxModule(path)(images), outputs(mixed, images), rtol=0, atol=0.05)
+
+
 # Bad input
 
 
@@ -549,6 +583,7 @@ def test_wrong_numbers_are_never_chosen(measured):
         ({"weight": None}, "weight must be"),
         ({"calibration": "entropy"}, "calibration must be 'minmax' or 'percentile' or 'mse'"),
         ({"calibration_items": 0}, "calibration_items must be a positive integer, got 0"),
+        ({"skip": "head"}, r"Write \('head',\)"),
     ],
 )
 def test_unknown_settings(wrong, message):
@@ -560,6 +595,11 @@ def test_nothing_to_quantize():
     model = nn.Sequential(nn.LayerNorm(4), nn.GELU())
     with pytest.raises(TransformError, match="nothing to quantize"):
         Int8()(model, make_task(model, torch.randn(4, 4)))
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with pytest.raises(TransformError, match="of its own outside of skip, so there is nothing"):
+        Int8(skip=("0",))(model, make_task(model, torch.randn(4, 4)))
+    with pytest.raises(TransformError, match="skip names 'head', which Sequential does not have"):
+        Int8(skip=("head",))(model, make_task(model, torch.randn(4, 4)))
 
 
 def test_weights_and_activations_that_are_not_finite():

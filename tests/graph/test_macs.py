@@ -1,11 +1,14 @@
 """MACs against torch's own counter and against counts by hand."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from netwright.compress._codebook_storage import StoredCodebooks, attach
 from netwright.core.data import call
 from netwright.core.graph.export import export_model
 from netwright.core.graph.macs import count_macs, count_parameters, total_macs
@@ -142,3 +145,13 @@ def test_parameters_shared_and_views():
 
     program = export_model(Tied(), torch.zeros(2, 3, dtype=torch.long))
     assert count_parameters(program) == sum(value.numel() for value in Tied().parameters()) == 50
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (4, 2, 3, 3)])
+def test_a_weight_read_out_of_a_codebook_counts_all_its_entries(shape):
+    layer = nn.Linear(8, 4) if len(shape) == 2 else nn.Conv2d(2, 4, 3)
+    rows, columns = 4, math.prod(shape[1:])
+    reading = StoredCodebooks(torch.randint(0, 4, (rows, columns)), torch.zeros(rows), 2, shape)
+    attach(layer, torch.randn(1, 4), reading)
+    example = torch.zeros(2, 8) if len(shape) == 2 else torch.zeros(2, 2, 5, 5)
+    assert count_parameters(export_model(layer, example)) == rows * columns + 4

@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-import torch
 from onnx import TensorProto, helper
-from torch import fx, nn
+from torch import fx
 
 from netwright.compress._batch_norms import drop_unused
 from netwright.compress._fold import op_name
@@ -21,15 +20,10 @@ from netwright.compress._merge_chains import Chain, Layer, image_size
 from netwright.compress._merge_convolutions import Extent, Pair
 from netwright.compress._merge_plan import Choice, apply
 from netwright.compress._merge_segment import extent_of
-from netwright.core.batch_statistics import reestimate
-from netwright.core.data import Batch, to_device
-from netwright.core.evaluate import device_of
-from netwright.core.losses import task_loss
 from netwright.core.onnx_module import open_session
-from netwright.core.task import Task
 from netwright.core.timing import percentiles, time_call
 
-__all__ = ["CostKind", "choice_costs", "importance", "loss_of", "with_choices"]
+__all__ = ["CostKind", "choice_costs", "importance", "with_choices"]
 
 CostKind = Literal["latency", "macs"]
 
@@ -156,16 +150,3 @@ def with_choices(module: fx.GraphModule, chosen: Sequence[Choice]) -> fx.GraphMo
 def importance(loss: float, base: float) -> float:
     r""":math:`e^{L_0 - L}`: one where nothing changes, zero where the loss is not finite."""
     return math.exp(min(base - loss, 50.0)) if math.isfinite(loss) else 0.0
-
-
-def loss_of(model: nn.Module, task: Task, held: Sequence[Batch]) -> float:
-    """The mean loss over some batches, after the batch norms have taken their statistics from them."""
-    reestimate(model, [inputs for inputs, _ in held])
-    device, total, count = device_of(model), 0.0, 0
-    model.eval()
-    with torch.no_grad():
-        for inputs, targets in held:
-            output = task.outputs(model, to_device(inputs, device))
-            total += float(task_loss(task, output, targets.to(device))) * len(targets)
-            count += len(targets)
-    return total / count

@@ -6,6 +6,7 @@ integers about; a linear layer takes integers and gives floats, unless an intege
 else stays float.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -75,12 +76,21 @@ _COMPUTING = {
 }
 
 
-def plan(module: fx.GraphModule) -> Plan:
-    """Decide where quantizers go; the graph is left as it is."""
+def plan(module: fx.GraphModule, skip: Sequence[str] = ()) -> Plan:
+    """Decide where quantizers go; the graph is left as it is.
+
+    Args:
+        module: a traced model.
+        skip: modules, by name, whose weights stay as they are.
+    """
     found = Plan()
     for node in module.graph.nodes:
         rule = _WEIGHTED.get(op_name(node))
-        if rule is not None and _has_weight_of_its_own(module, node, rule):
+        if (
+            rule is not None
+            and _has_weight_of_its_own(module, node, rule)
+            and not _within(node.args[rule.weight], skip)
+        ):
             found.weights[node] = rule
     wanted = _wanted(module.graph, found)
     grids: dict[fx.Node, fx.Node] = {}  # a node that holds integers -> the node whose grid they are on
@@ -98,6 +108,11 @@ def plan(module: fx.GraphModule) -> Plan:
         if isinstance(source, fx.Node) and source not in grids:
             _own_source(found, grids, source)
     return found
+
+
+def _within(source: object, names: Sequence[str]) -> bool:
+    """Whether the attribute that a node reads belongs to one of the modules, or to a part of one."""
+    return isinstance(source, fx.Node) and any(f"{source.target}".startswith(f"{name}.") for name in names)
 
 
 def _own_source(found: Plan, grids: dict[fx.Node, fx.Node], source: fx.Node) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
-import torch
 from torch import fx, nn
 
 from netwright.compress._batch_norms import thaw
+from netwright.compress._held_items import held_items, loss_of
 from netwright.compress._merge_chains import find_chains
 from netwright.compress._merge_plan import Actions, Choice, Entry, best_path, choices, least, merge_all
-from netwright.compress._merge_tables import CostKind, choice_costs, importance, loss_of, with_choices
+from netwright.compress._merge_tables import CostKind, choice_costs, importance, with_choices
 from netwright.compress._settings import (
     check_choice,
     check_count,
@@ -25,7 +25,6 @@ from netwright.compress._settings import (
 from netwright.compress._training import train
 from netwright.compress.quantize import trace
 from netwright.core.batch_statistics import reestimate
-from netwright.core.data import Batch, batches
 from netwright.core.errors import TransformError
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
@@ -33,7 +32,6 @@ from netwright.core.transform import Progress
 
 __all__ = ["LayerMerge"]
 
-_BATCH = 128
 _LEVELS = 500  # ticks into which the time limit is cut
 
 
@@ -147,7 +145,7 @@ class LayerMerge:
         layers = sum(each.stop - each.start for each in chosen)
         report(0.4, f"{layers} layers become {sum(not each.empty for each in chosen)}")
         result: nn.Module = with_choices(module, chosen)
-        held = _held(task, self.items, seed)
+        held = held_items(task, self.items, seed)
         reestimate(result, [inputs for inputs, _ in held])
         if epochs - spent > 0:
             teacher = copy.deepcopy(model).eval()
@@ -211,7 +209,7 @@ class LayerMerge:
         self, module: fx.GraphModule, found: Sequence[Choice], task: Task, epochs: float, seed: int, report: Progress
     ) -> tuple[list[float], float]:
         """The importance of each choice, and the epochs spent on them."""
-        held = _held(task, self.items, seed)
+        held = held_items(task, self.items, seed)
         base = loss_of(copy.deepcopy(module), task, held)
         share = self._share(task, epochs, sum(not choice.original for choice in found))
         worth, spent = [], 0.0
@@ -233,11 +231,3 @@ class LayerMerge:
         recipe = task.recipe or Recipe()
         steps = max(1, len(task.data.train) // recipe.batch_size)
         return math.floor(self.probe * epochs * steps / count + 1e-9) / steps
-
-
-def _held(task: Task, items: int, seed: int) -> Sequence[Batch]:
-    """Some training items as batches."""
-    generator = torch.Generator().manual_seed(seed)
-    size = min(_BATCH, items)
-    held = list(batches(task.data.train, size, generator=generator, drop_last=True))
-    return held[: max(1, items // size)]

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx, nn
 
-from netwright.compress._merge_tables import loss_of
+from netwright.compress._held_items import held_items, loss_of
 from netwright.compress._settings import check_count, check_number, check_weights, require_loss
-from netwright.core.data import Batch, batches
 from netwright.core.errors import NothingToPruneError, TransformError
 from netwright.core.graph import traced_branches, without_branches
 from netwright.core.task import Task
@@ -16,7 +14,6 @@ from netwright.core.transform import Progress
 
 __all__ = ["PruneBranches"]
 
-_BATCH = 128
 _GREEDY = 12  # branches up to which each removal is judged in the company of those before it
 
 
@@ -146,7 +143,7 @@ class PruneBranches:
         report: Progress,
     ) -> list[str]:
         require_loss(self, task)
-        held = _held(task, self.items, seed)
+        held = held_items(task, self.items, seed)
         left = list(found)
         chosen: list[str] = []
         done, total = 0, sum(range(len(left) - count + 1, len(left) + 1)) if len(left) <= _GREEDY else len(left)
@@ -171,9 +168,3 @@ def _traced(model: nn.Module, task: Task) -> tuple[fx.GraphModule, list[str]]:
             "something that layers make of it. Leave this step out, or take Prune or LayerMerge."
         )
     return module, [branch.name for branch in found]
-
-
-def _held(task: Task, items: int, seed: int) -> list[Batch]:
-    generator = torch.Generator().manual_seed(seed)
-    size = min(_BATCH, items)
-    return list(batches(task.data.train, size, generator=generator, drop_last=True))[: max(1, items // size)]

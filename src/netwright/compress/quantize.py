@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -64,10 +64,12 @@ class Int8:
         calibration: "minmax" spans all values seen; "percentile" leaves out the outermost 0.01%, "mse" takes the
             fraction of the range with the least mean squared error: for activations with rare large values.
         calibration_items: training items that calibration sees, drawn at random.
+        skip: modules, by name, that stay in float with all that is in them: a first or last layer that the score
+            depends on.
 
     Raises:
-        TransformError: an unknown setting; on a call, a model with no convolution or linear layer, weights or
-            activations that are not finite.
+        TransformError: an unknown setting; on a call, a model with no convolution or linear layer to round, a name in
+            ``skip`` that it does not have, weights or activations that are not finite.
         TraceError: on a call, a model that cannot be traced.
 
     Example:
@@ -92,11 +94,14 @@ class Int8:
     reduce_range: bool = False
     calibration: Calibration = "minmax"
     calibration_items: int = 256
+    skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, kinds in (("activation", Kind), ("weight", Kind), ("calibration", Calibration)):
             check_choice(self, name, getattr(self, name), get_args(kinds))
         check_count(self, "calibration_items", self.calibration_items)
+        if isinstance(self.skip, str):
+            raise TransformError(f"Int8.skip must be names of modules, got one string. Write ({self.skip!r},).")
 
     def __call__(
         self,
@@ -119,7 +124,7 @@ class Int8:
         check_weights(self, model)
         report = progress or (lambda fraction, what: None)
         report(0.0, "tracing")
-        module, where = prepare(self, model, task)
+        module, where = prepare(self, model, task, self.skip)
         module, observers = insert(module, where, self)
         report(0.3, "calibrating")
         observe(module, observers, task.data.train, self, seed)
@@ -131,20 +136,27 @@ class Int8:
         return module.eval()
 
 
-def prepare(owner: object, model: nn.Module, task: Task) -> tuple[fx.GraphModule, Plan]:
+def prepare(owner: object, model: nn.Module, task: Task, skip: Sequence[str] = ()) -> tuple[fx.GraphModule, Plan]:
     """A traced copy of ``model`` with batch norms folded, and where its quantizers go.
 
     Raises:
-        TransformError: no layer to quantize.
+        TransformError: no layer to quantize, or no module of a name that is skipped.
     """
+    known = dict(model.named_modules())
+    unknown = [name for name in skip if not name or name not in known]
+    if unknown:
+        raise TransformError(
+            f"{type(owner).__name__}: skip names {unknown[0]!r}, which {type(model).__name__} does not have. Its "
+            f"modules are {', '.join(list(known)[1:9])}{', ...' if len(known) > 9 else ''}."
+        )
     module = trace(model, task)
     fold_batch_norms(module)
     _split_silu(module)
-    where = plan(module)
+    where = plan(module, skip)
     if not where.weights:
         raise TransformError(
             f"{type(owner).__name__}: {type(model).__name__} has no convolution or linear layer with a weight of its "
-            "own, so there is nothing to quantize. Leave this step out."
+            f"own{' outside of skip' if skip else ''}, so there is nothing to quantize. Leave this step out."
         )
     return module, where
 

@@ -13,6 +13,7 @@ __all__ = ["count_macs", "count_parameters", "total_macs"]
 
 Shape: TypeAlias = tuple[int, ...]
 _aten = torch.ops.aten
+_SAME_ENTRIES = (_aten.flatten, _aten.view, _aten.reshape, _aten.alias, _aten.detach, _aten.clone, _aten.to)
 
 
 def count_macs(program: ExportedProgram, batch: int = 1) -> dict[str, int]:
@@ -59,16 +60,37 @@ def total_macs(program: ExportedProgram, batch: int = 1) -> int:
 def count_parameters(program: ExportedProgram) -> int:
     """Elements of all parameters of a traced model; tied ones count once.
 
+    A weight that is read out of a codebook by stored indices counts an entry for each of them, as it did before.
+
     Example:
         >>> from netwright.core.graph.export import export_model
         >>> count_parameters(export_model(torch.nn.Linear(3, 2), torch.zeros(1, 3)))
         8
     """
-    seen: dict[tuple[int, int], int] = {}
+    looked_up, seen = _looked_up(program), {}
     for name in program.graph_signature.parameters:
         value = program.state_dict[name]
-        seen[(id(value), 0) if value.numel() == 0 else (value.data_ptr(), value.numel())] = value.numel()
+        place = (id(value), 0) if value.numel() == 0 else (value.data_ptr(), value.numel())
+        seen[place] = max(value.numel(), looked_up.get(name, 0))
     return sum(seen.values())
+
+
+def _looked_up(program: ExportedProgram) -> dict[str, int]:
+    """Parameter names to the entries that indices, themselves no function of the inputs, take out of them."""
+    signature = program.graph_signature
+    given, source = set(signature.user_inputs), dict(signature.inputs_to_parameters)
+    found: dict[str, int] = {}
+    for node in program.graph.nodes:
+        inputs = node.all_input_nodes
+        if any(each.name in given for each in inputs):
+            given.add(node.name)
+        elif inputs and inputs[0].name in source:
+            name = source[inputs[0].name]
+            if _packet(node) in _SAME_ENTRIES:
+                source[node.name] = name
+            elif _packet(node) is _aten.index:
+                found[name] = max(found.get(name, 0), prod(_shape(node, 1)))
+    return found
 
 
 def _packet(node: fx.Node) -> Any:

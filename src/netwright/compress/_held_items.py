@@ -1,0 +1,38 @@
+"""Some training items, on which changed networks are judged."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from netwright.core.batch_statistics import reestimate
+from netwright.core.data import Batch, batches, to_device
+from netwright.core.evaluate import device_of
+from netwright.core.losses import task_loss
+from netwright.core.task import Task
+
+__all__ = ["held_items", "loss_of"]
+
+_BATCH = 128
+
+
+def held_items(task: Task, items: int, seed: int) -> list[Batch]:
+    """``items`` training items drawn by ``seed``, in whole batches of at most 128; one batch at least."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(_BATCH, items)
+    drawn = batches(task.data.train, size, generator=generator, drop_last=True)
+    return list(itertools.islice(drawn, max(1, items // size)))
+
+
+def loss_of(model: nn.Module, task: Task, held: Sequence[Batch]) -> float:
+    """The mean loss over some batches, after the batch norms have taken their statistics from them."""
+    reestimate(model, [inputs for inputs, _ in held])
+    device, total, count = device_of(model), 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for inputs, targets in held:
+            output = task.outputs(model, to_device(inputs, device))
+            total += float(task_loss(task, output, targets.to(device))) * len(targets)
+            count += len(targets)
+    return total / count
