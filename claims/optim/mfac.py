@@ -20,6 +20,10 @@ CLAIM = (
 )
 BETTER = "lower"
 SEEDS = 6
+WHY = (
+    "Over seeds 20 to 25 the test losses are 0.079 and 0.081 on average, M-FAC ahead on four and behind on two: six "
+    "seeds do not separate them."
+)
 
 Make = Callable[..., Optimizer]
 METHODS: dict[str, tuple[Make, tuple[float, ...]]] = {
