@@ -20,7 +20,7 @@ from netwright.core.machine import machine
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/bench")
-PARTS = ["digits", "peer", "fashion", "spaces", "steps", "pretrained"]
+PARTS = ["digits", "peer", "fashion", "spaces", "steps", "proposer", "pretrained"]
 DIGITS = ["digits", "--target", "latency<=0.2x", "--keep", "score>=-0.01"]
 FASHION = ["fashion-mnist", "--target", "latency<=0.1x", "--keep", "score>=-0.01", "--budget", "10m"]
 
@@ -104,6 +104,12 @@ def steps() -> list[dict[str, Any]]:
     return [{"step": row["step"], "ratio": row["ratio"], "over": row.get("over", "torch AdamW fused")} for row in rows]
 
 
+def proposer() -> list[dict[str, Any]]:
+    """What a suggestion costs as the history grows (benchmarks/proposer.py)."""
+    done = subprocess.run([sys.executable, "-m", "benchmarks.proposer"], check=True, stdout=subprocess.PIPE, text=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def pretrained() -> list[dict[str, Any]]:
     """Networks that ship trained in packages, rounded to 8 bits (benchmarks/pretrained.py)."""
     parts = ["image", "text", *(["speech"] if shutil.which("espeak-ng") else [])]
@@ -140,6 +146,7 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
         "fashion": "Fashion-MNIST: " + " ".join(FASHION),
         "spaces": "Which steps and which sampler: the same baseline recipe, target and time",
         "steps": "Optimizer steps over 25M parameters in 160 tensors, and whole steps of a 78k-parameter network",
+        "proposer": "Processor seconds of one suggestion after so many observations (NAS-Bench-201), one thread",
         "pretrained": "Trained networks from packages, rounded to 8 bits: agreement with float on unseen inputs",
     }
     lines = ["# Results", "", "Written by `make bench`. Ratios are to the baseline, measured in one process.", ""]
@@ -150,7 +157,7 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
     (HERE / "RESULTS.md").write_text("\n".join(lines))
 
 
-WHOLE: dict[str, Callable[[], list[dict[str, Any]]]] = {"steps": steps, "pretrained": pretrained}
+WHOLE: dict[str, Callable[[], list[dict[str, Any]]]] = {"steps": steps, "proposer": proposer, "pretrained": pretrained}
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def main() -> None:
                 seconds[size].append(suggestion_s(table, filled(table, name, size, seed)))
         medians = {size: statistics.median(values) for size, values in seconds.items()}
         slope = np.polyfit(np.log(sizes), np.log(list(medians.values())), 1)[0]
-        times = {f"cpu_s_at_{size}": round(value, 5) for size, value in medians.items()}
+        times = {f"cpu_s_at_{size}": round(medians[size], 5) if size in medians else None for size in SIZES}
         print(json.dumps({"sampler": name, **times, "exponent": round(float(slope), 2)}), flush=True)
 
 

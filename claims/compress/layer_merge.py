@@ -19,8 +19,8 @@ CLAIM = (
 BETTER = "higher"
 SEEDS = 3
 WHY = (
-    "2.6 times as fast, but 7 points lost; and at this limit nothing is merged, so that leaving out layers alone gives the "
-    "same network."
+    "2.6 times as fast, but 7 points lost; and at this limit nothing is merged, so that leaving out layers alone gives "
+    "the same network."
 )
 RATIO = 0.5
 EPOCHS = 3.0

@@ -15,8 +15,8 @@ CLAIM = (
 )
 BETTER = "higher"
 WHY = (
-    "Ahead on two of three seeds, by 0.5 points on average, in 33 to 36% of the time: three seeds leave 2 points either "
-    "way."
+    "Ahead on two of three seeds, by 0.5 points on average, in 33 to 36% of the time: three seeds leave 2 points "
+    "either way."
 )
 RATES = (1e-2, 3e-2)
 SHARE = 0.4
