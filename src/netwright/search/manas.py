@@ -35,7 +35,8 @@ class MANAS(RelaxedSearch):
     Args:
         credit: "least_squares" tells the agents' parts of the loss apart by regression; "exp3" gives each all of it.
         rate: of the agents, a factor on :math:`\sqrt{\ln K / (t K)}`.
-        explore: share of uniform play all along, in [0, 1].
+        explore: of the agents; in iteration :math:`t` they play uniformly with probability ``explore`` over
+            :math:`\sqrt t`, at most 1.
         warmup: epochs of uniform play at the start, which train all operations alike.
         window: earlier losses that a loss is compared with.
         epochs: passes over the halves.
@@ -79,8 +80,8 @@ class MANAS(RelaxedSearch):
             raise SettingError(f"MANAS: window must be at least 1, got {self.window!r}.")
         if self.credit not in CREDITS:
             raise SettingError(f"MANAS: credit must be one of {', '.join(CREDITS)}, got {self.credit!r}.")
-        if self.rate == 0 or self.explore > 1:
-            raise SettingError(f"MANAS: rate must be positive and explore in [0, 1], got {self.rate}, {self.explore}.")
+        if self.rate == 0:
+            raise SettingError(f"MANAS: rate must be positive, got {self.rate}.")
 
     def _stepper(self, network: nn.Module, seed: int) -> Stepper:
         return _Playing(self, network, seed)
