@@ -16,10 +16,10 @@ CLAIM = (
     "learning rate."
 )
 BETTER = "higher"
+SEEDS = 8
 WHY = (
-    "Over seeds 0 to 2 accuracy is 0.61 against 0.48 on average, ahead each time, but the interval of the difference "
-    "is -0.18 to 0.44: plain networks with batch normalization train at this depth and size too; modulated errors make "
-    "it worse (0.44)."
+    "Over seeds 20 to 27 accuracy is 0.57 with both, each ahead four times: plain networks with batch normalization "
+    "train at this depth and size too; modulated errors make it worse (0.46)."
 )
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 
