@@ -20,7 +20,7 @@ from netwright.core.machine import machine
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/bench")
-PARTS = ["digits", "peer", "fashion", "spaces", "steps", "proposer", "pretrained"]
+PARTS = ["digits", "peer", "fashion", "spaces", "steps", "search", "proposer", "pretrained"]
 DIGITS = ["digits", "--target", "latency<=0.2x", "--keep", "score>=-0.01"]
 FASHION = ["fashion-mnist", "--target", "latency<=0.1x", "--keep", "score>=-0.01", "--budget", "10m"]
 
@@ -104,6 +104,23 @@ def steps() -> list[dict[str, Any]]:
     return [{"step": row["step"], "ratio": row["ratio"], "over": row.get("over", "torch AdamW fused")} for row in rows]
 
 
+def search() -> list[dict[str, Any]]:
+    """Evaluations until samplers have the front of NAS-Bench-201 (benchmarks/search_table.py), twenty seeds."""
+    command = [sys.executable, "-m", "benchmarks.search_table", "--data", "cifar10", "cifar100", "imagenet"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return [
+        {
+            "sampler": row["sampler"],
+            "data": row["data"],
+            "seeds": row["seeds"],
+            **{f"to {float(share):.0%}": count for share, count in row["median_evaluations_to"].items()},
+            **{f"arrived {float(share):.0%}": count for share, count in row["arrived"].items()},
+        }
+        for row in rows
+    ]
+
+
 def proposer() -> list[dict[str, Any]]:
     """What a suggestion costs as the history grows (benchmarks/proposer.py)."""
     done = subprocess.run([sys.executable, "-m", "benchmarks.proposer"], check=True, stdout=subprocess.PIPE, text=True)
@@ -146,6 +163,7 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
         "fashion": "Fashion-MNIST: " + " ".join(FASHION),
         "spaces": "Which steps and which sampler: the same baseline recipe, target and time",
         "steps": "Optimizer steps over 25M parameters in 160 tensors, and whole steps of a 78k-parameter network",
+        "search": "NAS-Bench-201: median evaluations to shares of the true front's hypervolume, and seeds that arrived",
         "proposer": "Processor seconds of one suggestion after so many observations (NAS-Bench-201), one thread",
         "pretrained": "Trained networks from packages, rounded to 8 bits: agreement with float on unseen inputs",
     }
@@ -157,7 +175,12 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
     (HERE / "RESULTS.md").write_text("\n".join(lines))
 
 
-WHOLE: dict[str, Callable[[], list[dict[str, Any]]]] = {"steps": steps, "proposer": proposer, "pretrained": pretrained}
+WHOLE: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "steps": steps,
+    "search": search,
+    "proposer": proposer,
+    "pretrained": pretrained,
+}
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """Narrow weights in ONNX files: types, sizes, and the same numbers as 8-bit storage gives."""
 
+import collections
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,22 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from netwright.compress import Int8
+from netwright.compress._quantizers import WeightQuantizer
 from netwright.compress.ompq import OMPQ
 from netwright.core.artifact import export_onnx
 from netwright.core.data import Data
 from netwright.core.onnx_narrow import planes, store_narrow
+from netwright.core.onnx_weight_only import dequantize_at_load
 from netwright.core.task import Task
+
+
+def kernels(proto):
+    """Operations that ONNX Runtime executes after its own optimization, counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath, options.log_severity_level = f"{folder}/optimized.onnx", 4
+        onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return collections.Counter(node.op_type for node in onnx.load(f"{folder}/optimized.onnx").graph.node)
 
 
 def run(proto, feed):
@@ -58,7 +71,8 @@ def test_the_numbers_stay_and_the_bytes_go(bits, unsigned, convolution):
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
     kinds = {item.name: item.data_type for item in after.graph.initializer}
     if bits == 4:
-        assert kinds["w"] == (TensorProto.UINT4 if unsigned else TensorProto.INT4)
+        assert kinds["w:half"] == (TensorProto.UINT4 if unsigned else TensorProto.INT4)
+        assert "w" not in kinds
         assert after.opset_import[0].version == 21
     elif bits < 8:
         assert "w" not in kinds
@@ -133,4 +147,53 @@ def test_what_is_exported_is_as_small_as_it_says(transform, bits, kinds, tmp_pat
     assert proto.ByteSize() < weights * bits / 8 + 4500
     types = {item.data_type for item in proto.graph.initializer if np.prod(item.dims) >= 256}
     assert kinds is None or types == kinds
-    assert not any(item.data_type == TensorProto.FLOAT and len(item.dims) > 1 for item in proto.graph.initializer)
+    wide = {item.name for item in proto.graph.initializer if item.data_type == TensorProto.FLOAT}
+    assert not any(np.prod(item.dims) >= 256 for item in proto.graph.initializer if item.name in wide)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_of_float_layers_are_dequantized_when_the_file_is_loaded(bits, tmp_path: Path):
+    given = task()
+    export_onnx(OMPQ(float(bits), bits=(bits,))(given.build(seed=0), given), given.example(), tmp_path / "weights.onnx")
+    found = kernels(onnx.load(tmp_path / "weights.onnx"))
+    assert set(found) <= {
+        "FusedConv",
+        "Conv",
+        "Gemm",
+        "FusedGemm",
+        "Reshape",
+        "Flatten",
+        "ReorderInput",
+        "ReorderOutput",
+    }
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_narrow_weights_run_on_the_kernels_of_eight_bits(bits, tmp_path: Path):
+    given = task()
+    rounded = Int8()(given.build(seed=0), given)
+    with torch.no_grad():
+        for part in rounded.modules():
+            if isinstance(part, WeightQuantizer):
+                part.scale *= 127 / (2 ** (bits - 1) - 1)
+    export_onnx(rounded, given.example(), tmp_path / "narrow.onnx")
+    found = kernels(onnx.load(tmp_path / "narrow.onnx"))
+    assert found["QLinearConv"] == 2
+    assert found["QGemm"] == 1
+    assert "Cast" not in found
+
+
+@pytest.mark.parametrize("middle", [0, 5])
+@pytest.mark.parametrize("convolution", [False, True])
+def test_dequantizing_at_load_changes_no_number(convolution, middle):
+    random = np.random.default_rng(0)
+    weight = random.integers(-100, 101, (33, 31, 3, 3) if convolution else (33, 31)).astype(np.int8)
+    zero = np.full(33, middle, np.int8)
+    before = model_of(weight, zero, random.uniform(0.1, 1, 33).astype(np.float32), convolution)
+    after = onnx.ModelProto()
+    after.CopyFrom(before)
+    dequantize_at_load(after)
+    onnx.checker.check_model(after, full_check=True)
+    assert "DequantizeLinear" not in {node.op_type for node in after.graph.node}
+    x = random.normal(size=(2, 31, 8, 8) if convolution else (2, 31)).astype(np.float32)
+    np.testing.assert_allclose(run(after, {"x": x}), run(before, {"x": x}), rtol=1e-5, atol=1e-3)

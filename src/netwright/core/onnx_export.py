@@ -15,7 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from netwright.core import fake_quantize, onnx_codebooks, onnx_narrow, onnx_quantized, onnx_sparse
+from netwright.core import fake_quantize, onnx_codebooks, onnx_narrow, onnx_quantized, onnx_sparse, onnx_weight_only
 from netwright.core.data import Inputs
 from netwright.core.errors import ArtifactError
 from netwright.core.files import atomic_write
@@ -71,6 +71,7 @@ def export_onnx(model: nn.Module | ExportedProgram, inputs: Inputs, path: str | 
     onnx_quantized.store_integers(proto)
     onnx_quantized.drop_unused(proto.graph)
     onnx_narrow.store_narrow(proto, _NARROW)
+    onnx_weight_only.dequantize_at_load(proto)
     onnx_codebooks.store_codebooks(proto)
     onnx_sparse.store_sparse(proto)
     _name_interface(proto, input_names(program), output_names(program))

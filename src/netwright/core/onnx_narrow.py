@@ -3,11 +3,12 @@
 A weight that a ``DequantizeLinear`` reads takes a byte an entry. Where its entries span fewer than 256 integers it is
 stored, whichever is smallest, as
 
-- ``INT4`` or ``UINT4``, two entries a byte, which ``DequantizeLinear`` reads as such (operator set 21);
-- ``b`` bit planes, ``b / 8`` bytes an entry, which standard operators put together again; they depend on no input, so
-  that a runtime does so once, when it loads the file, and then runs the 8-bit weight.
+- ``INT4`` or ``UINT4``, two entries a byte, cast to 8 bits (operator set 21);
+- ``b`` bit planes, ``b / 8`` bytes an entry, which standard operators put together again.
 
-Neither changes a number.
+Neither changes a number, and neither depends on an input, so that a runtime does it once, when it loads the file, and
+then runs the kernels of 8-bit weights. (A ``DequantizeLinear`` may read 4 bits itself, but integer kernels do not: ONNX
+Runtime then dequantizes in every call and computes in float, many times slower.)
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ __all__ = ["planes", "store_narrow"]
 
 _SMALLEST = 256  # entries; smaller weights are not worth the operators
 _DECODER = 640  # bytes that a bit-plane decoder's operators and constants take, about
-_OPSET = 21  # the first whose DequantizeLinear reads 4-bit integers
+_OPSET = 21  # the first whose Cast reads 4-bit integers
 _CHANGED = {"GroupNormalization"}  # operators that mean something else from that set on
 
 
@@ -52,7 +53,9 @@ def store_narrow(proto: Any, most: int = 7) -> None:
         }
         best = min(sizes, key=lambda name: sizes[name])
         if best == "halves" and halves is not None:
-            kept += _store_halves(item.name, *halves, readers)
+            constants, nodes = _store_halves(item, *halves, readers)
+            kept += constants
+            made += nodes
             default.version = max(default.version, _OPSET)
         elif best == "planes":
             constants, nodes = _decoder(item.name, value, bits)
@@ -121,14 +124,15 @@ def _halves(value: NDArray[Any], zeros: list[Any]) -> tuple[NDArray[Any], list[N
 
 
 def _store_halves(
-    name: str, value: NDArray[Any], zeros: list[NDArray[Any]], kind: int, readers: list[Any]
-) -> list[Any]:
-    """Initializers of a weight and of its zero points, which its readers are told of."""
-    made = [_tensor(name, value, kind)]
+    item: Any, value: NDArray[Any], zeros: list[NDArray[Any]], kind: int, readers: list[Any]
+) -> tuple[list[Any], list[Any]]:
+    """Initializers of a weight and of its zero points, which its readers are told of, and the node that widens it."""
+    made = [_tensor(f"{item.name}:half", value, kind)]
+    wide = helper.tensor_dtype_to_np_dtype(item.data_type)
     for position, (node, zero) in enumerate(zip(readers, zeros, strict=True)):
-        node.input[2] = f"{name}:zero{position}"
-        made.append(_tensor(node.input[2], zero, kind))
-    return made
+        node.input[2] = f"{item.name}:zero{position}"
+        made.append(numpy_helper.from_array(zero.astype(wide), node.input[2]))
+    return made, [helper.make_node("Cast", [f"{item.name}:half"], [item.name], to=item.data_type)]
 
 
 def _tensor(name: str, value: NDArray[Any], kind: int) -> Any:
