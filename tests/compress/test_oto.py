@@ -81,7 +81,7 @@ def naive(task: Task, steps: int, begin: int, end: int, goal: int, strength: flo
 )
 def test_training_is_the_equations(strength, epsilon, projection) -> None:
     task = regression()
-    method = OTO(0.6, strength=strength, epsilon=epsilon, projection=projection, start=0.2, stop=0.7)
+    method = OTO(0.6, "global", strength=strength, epsilon=epsilon, projection=projection, start=0.2, stop=0.7)
     model, hook = trained(method, task, 20)
     params, gone, projected = naive(task, 20, 4, 14, 4, strength, epsilon, projection == "proximal")
     assert hook.units() == {"0": sorted(gone)}
@@ -113,7 +113,7 @@ def test_steps_are_those_of_closed_forms() -> None:
 
 def test_without_penalty_it_is_training_and_a_cut_of_the_shortest() -> None:
     task = regression()
-    model, hook = trained(OTO(0.5, strength=0.0, epsilon=0.0, stop=0.99), task, 10)
+    model, hook = trained(OTO(0.5, "global", strength=0.0, epsilon=0.0, stop=0.99), task, 10)
     plain = copy.deepcopy(task.model)
     fit(plain, task, task.recipe.replace(epochs=9), validate=False)
     norms = torch.cat([plain[0].weight, plain[0].bias[:, None]], 1).norm(dim=1)
@@ -166,7 +166,7 @@ def test_goal_takes_the_lowest_and_leaves_one() -> None:
     model, inputs = build("vgg")
     groups = trace(model, inputs).groups
     scores = {group.name: torch.rand(group.size, dtype=torch.float64) for group in groups}
-    gone = goal_of(OTO(0.5), groups).lowest(scores)
+    gone = goal_of(OTO(0.5, scope="global"), groups).lowest(scores)
     guarded = {(n, int(s.argmax())) for n, s in scores.items()}
     ranked = sorted((float(v), n, u) for n, s in scores.items() for u, v in enumerate(s) if (n, u) not in guarded)
     count = sum(group.size for group in groups) // 2
@@ -218,7 +218,7 @@ def test_refuses_models_and_tasks() -> None:
     with pytest.raises(
         TransformError, match=r"out of reach: with one unit left in each of the 2 groups at most 0\.5000"
     ):
-        OTO(0.8)(deep, task)
+        OTO(0.8, scope="global")(deep, task)
     with pytest.raises(TransformError, match=r"would remove no unit; the smallest ratio that removes one is 0\.1429"):
         OTO(0.1)(task.model, task)
     with pytest.raises(TransformError, match="exclude names no group 'head'; there are 0"):
