@@ -12,7 +12,7 @@ from netwright.core.evaluate import device_of
 from netwright.core.losses import task_loss
 from netwright.core.task import Task
 
-__all__ = ["held_items", "loss_of"]
+__all__ = ["held_items", "loss_of", "refresh_norms"]
 
 _BATCH = 128
 
@@ -23,6 +23,15 @@ def held_items(task: Task, items: int, seed: int) -> list[Batch]:
     size = min(_BATCH, items)
     drawn = batches(task.data.train, size, generator=generator, drop_last=True)
     return list(itertools.islice(drawn, max(1, items // size)))
+
+
+def refresh_norms(model: nn.Module, task: Task, seed: int, items: int = 1024) -> None:
+    """Let batch norms take their statistics anew, of weights that the last steps of a method have moved by much.
+
+    Running means lag behind: where a penalty or a strong decay shrinks weights within a few steps, they describe a
+    network that is gone.
+    """
+    reestimate(model, (inputs for inputs, _ in held_items(task, items, seed)))
 
 
 def loss_of(model: nn.Module, task: Task, held: Sequence[Batch]) -> float:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from netwright.compress._held_items import refresh_norms
 from netwright.compress._settings import check_number, check_ratio, check_weights
 from netwright.compress._sparse_recipe_masks import checked_names, largest, shared_epochs, steps_per_epoch
 from netwright.compress._training import train
@@ -140,6 +141,8 @@ class GlobalSparseMomentum:
         )
         values = weights.read()
         weights.write(values * largest(values.abs(), weights.dense(1.0 - self.ratio)))
+        if epochs > 0:
+            refresh_norms(result, task, seed)
         report(1.0, f"kept {weights.dense(1 - self.ratio)} of {weights.size} weights")
         return result.eval()
 

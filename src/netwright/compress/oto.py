@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from netwright.compress._held_items import refresh_norms
 from netwright.compress._settings import check_choice, check_number, check_ratio
 from netwright.compress._sparse_recipe_masks import shared_epochs, steps_per_epoch
 from netwright.compress._training import train
@@ -152,6 +153,8 @@ class OTO:
         )
         hook.finish()
         smaller = found.graph.shrink(result, hook.units()).eval()
+        if epochs > 0:
+            refresh_norms(smaller, task, seed)
         report(1.0, f"removed {found.goal.total} units, of which {hook.projected} by projection")
         return smaller
 
