@@ -138,12 +138,12 @@ def pretrained() -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown table, with a last row of medians."""
-    names = list(rows[0])
-    numbers = [name for name in names if name != "seed" and isinstance(rows[0][name], int | float)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    numbers = [name for name in names if name != "seed" and isinstance(rows[0].get(name), int | float)]
     if names[0] != "seed":
         return [
             "| " + " | ".join(row) + " |"
-            for row in [names, ["---"] * len(names), *([_text(v) for v in row.values()] for row in rows)]
+            for row in [names, ["---"] * len(names), *([_text(row.get(name)) for name in names] for row in rows)]
         ]
     medians = {name: statistics.median(row[name] for row in rows if row[name] is not None) for name in numbers}
     body = [[_text(row[name]) for name in names] for row in rows]
@@ -152,7 +152,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _text(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def write(results: dict[str, list[dict[str, Any]]]) -> None:
