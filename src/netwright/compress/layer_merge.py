@@ -78,6 +78,7 @@ class LayerMerge:
         TraceError: on a call, a model that cannot be traced.
 
     Example:
+        >>> import torch
         >>> from torch.utils.data import TensorDataset
         >>> from netwright.core.data import Data
         >>> split = lambda: TensorDataset(torch.rand(16, 1, 6, 6), torch.zeros(16).long())
