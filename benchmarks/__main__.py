@@ -145,8 +145,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             "| " + " | ".join(row) + " |"
             for row in [names, ["---"] * len(names), *([_text(row.get(name)) for name in names] for row in rows)]
         ]
-    medians = {name: statistics.median(row[name] for row in rows if row[name] is not None) for name in numbers}
-    body = [[_text(row[name]) for name in names] for row in rows]
+    medians = {name: statistics.median(row[name] for row in rows if row.get(name) is not None) for name in numbers}
+    body = [[_text(row.get(name)) for name in names] for row in rows]
     body.append(["median", *(_text(medians.get(name, "")) for name in names[1:])])
     return ["| " + " | ".join(row) + " |" for row in [names, ["---"] * len(names), *body]]
 

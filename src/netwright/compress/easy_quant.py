@@ -52,8 +52,8 @@ class EasyQuant:
 
     Reach for it where :class:`Int8` loses accuracy, above all with fewer than 8 bits. Placement, tracing and storage
     are those of :class:`Int8`. Fewer bits are stored as 8-bit integers of which fewer levels are used. ONNX Runtime has
-    no kernels for these: it clips activations in float between its integers, and was 2.5 times slower than the float
-    network where 8 bits were four times faster. They are for hardware that has such kernels.
+    no kernels for these: it clips activations in float between its integers; with 7 bits a network for digits was 2.5
+    times slower than in float, with 8 bits four times faster. They are for hardware that has such kernels.
 
     For a layer with input ``X``, weight ``W`` and output ``O = W * X``, scales ``s_w`` and ``s_x`` maximize
 

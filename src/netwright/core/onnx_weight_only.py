@@ -13,6 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 __all__ = ["dequantize_at_load"]
 
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
+
 
 def dequantize_at_load(proto: Any) -> None:
     """Rewrite every ``DequantizeLinear`` of a weight that no integer kernel takes, in place.
@@ -53,7 +55,9 @@ def _rank(node: Any, ranks: dict[str, int], stored: dict[str, Any]) -> int:
 
 
 def _is_plain(node: Any, stored: dict[str, Any]) -> bool:
-    """Whether scale and zero point are stored, one for all or one for each index of an axis."""
+    """Whether scale and zero point are stored, one for all or one for each index of an axis, the scale as a float."""
+    if node.input[1] not in stored or stored[node.input[1]].data_type not in _FLOATS:
+        return False
     blocked = any(attribute.name == "block_size" and attribute.i for attribute in node.attribute)
     return not blocked and all(name in stored and len(stored[name].dims) <= 1 for name in node.input[1:] if name)
 
@@ -77,5 +81,4 @@ def _arithmetic(node: Any, rank: int, stored: dict[str, Any]) -> tuple[list[Any]
         constants.append(numpy_helper.from_array(np.ascontiguousarray(zero.astype(scale.dtype)), at["zero"]))
         nodes.append(helper.make_node("Sub", [last, at["zero"]], [at["moved"]]))
         last = at["moved"]
-    assert kind in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
     return constants, [*nodes, helper.make_node("Mul", [last, at["scale"]], [name])]
