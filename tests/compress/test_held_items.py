@@ -9,6 +9,7 @@ from netwright.compress import OTO, GlobalSparseMomentum
 from netwright.compress._held_items import held_items
 from netwright.core.data import Data
 from netwright.core.recipe import Recipe
+from netwright.core.score import accuracy
 from netwright.core.task import Task
 
 
@@ -26,9 +27,8 @@ def task() -> Task:
         return nn.Sequential(*layers, nn.Linear(32, 2))
 
     recipe = Recipe(epochs=2, batch_size=64, optimizer_settings={"lr": 1e-3}, schedule_settings={"max_lr": 1e-3})
-    score = lambda outputs, targets: float((outputs.argmax(1) == targets).float().mean())  # noqa: E731
     return Task(
-        "halves", network, Data(split(0), split(1), split(2)), nn.functional.cross_entropy, score, recipe=recipe
+        "halves", network, Data(split(0), split(1), split(2)), nn.functional.cross_entropy, accuracy, recipe=recipe
     )
 
 
