@@ -10,8 +10,23 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "vnni: compares numbers that saturate where the processor has no VNNI")
 
 
+_LONGEST = (
+    *("test_optimize", "test_scripts_compress", "test_examples", "test_explore", "test_tutorial", "test_local_engine"),
+    *("test_layer_merge", "test_evaluation", "test_compare", "test_docs_coverage", "test_rundir", "test_codebooks"),
+)  # modules, which begin first: else one process works on them while the others have nothing left
+
+
+def _rank(item: pytest.Item) -> int:
+    name = item.path.stem
+    return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without VNNI a product of uint8 and int8 pairs saturates at 16 bits, so integers differ from their simulation."""
+    """The longest modules first.
+
+    Without VNNI a product of uint8 and int8 pairs saturates at 16 bits, so integers differ from their simulation.
+    """
+    items.sort(key=_rank)
     if "vnni" in instruction_sets():
         return
     for item in items:

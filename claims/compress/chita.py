@@ -2,12 +2,13 @@
 
 import copy
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from claims._compress import small_mlp, task_of, trained
-from netwright.compress._hard_threshold import LeastSquares
+from netwright.compress._least_squares import LeastSquares
 from netwright.compress._sparse_recipe_masks import magnitude_mask
 from netwright.compress._weights import FlatWeights
 from netwright.compress.chita import CHITA
@@ -17,15 +18,14 @@ from netwright.core.task import Task
 PAPER = 34
 CLAIM = (
     "With 2% of the weights of an MLP 784-40-20-10 on Fashion-MNIST left, without training, CHITA has a higher test "
-    "accuracy than greedy Optimal Brain Surgeon with the whole Hessian, in at most a tenth of its time, and at least "
-    "20 points more than magnitude. (The figure is 0 where it takes longer.)"
+    "accuracy than greedy Optimal Brain Surgeon with the whole Hessian, taken once or anew in eight stages (the better "
+    "on val), in at most a tenth of its time, and at least 20 points more than magnitude. (The figure is 0 where it "
+    "takes longer.)"
 )
 BETTER = "higher"
-WHY = (
-    "60 points and more above magnitude, but the surgeon, whose inverse Hessian is kept in factors too and which "
-    "removes four weights at a time, is 2 to 7 points better and no slower (23 against 27 s)."
-)
+SEEDS = 5
 RATIO = 0.98
+STAGES = (1, 8)  # of the surgeon
 TOGETHER = 4  # weights that the surgeon removes at a time, by an exact joint update; greedy in its strict sense is 1
 
 
@@ -36,7 +36,9 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     start = time.process_time()
     ours = evaluate(method(model, task, seed=seed), task, "test")
     seconds = time.process_time() - start
-    surgeon, long = greedy(model, task, method, seed, 200 if smoke else TOGETHER)
+    tried = [greedy(model, task, replace(method, stages=count), seed, 200 if smoke else TOGETHER) for count in STAGES]
+    best = max(range(len(STAGES)), key=lambda place: evaluate(tried[place][0], task, "val"))
+    surgeon, long = evaluate(tried[best][0], task, "test"), tried[best][1]
     cut = copy.deepcopy(model)
     weights = FlatWeights(cut)
     weights.write(weights.read() * magnitude_mask(weights, RATIO, "global"))
@@ -50,17 +52,18 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
         "whole": evaluate(model, task, "test"),
         "seconds": seconds,
         "surgeon_seconds": long,
+        "surgeon_stages": STAGES[best],
     }
 
 
-def greedy(model: nn.Module, task: Task, method: CHITA, seed: int, together: int) -> tuple[float, float]:
-    """Test accuracy and processor time of the surgeon, on CHITA's quadratic model of the loss."""
+def greedy(model: nn.Module, task: Task, method: CHITA, seed: int, together: int) -> tuple[nn.Module, float]:
+    """The surgeon's network and its processor time, on CHITA's quadratic model of the loss."""
     start = time.process_time()
     cut = copy.deepcopy(model)
     weights = FlatWeights(cut)
     for stage, count in enumerate(method.counts(weights.size)):
         weights.write(surgery(method.regression(cut, weights, task, seed + stage), count, together))
-    return evaluate(cut, task, "test"), time.process_time() - start
+    return cut, time.process_time() - start
 
 
 def surgery(problem: LeastSquares, count: int, together: int) -> Tensor:

@@ -36,7 +36,7 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     dense = trained(task, seed)
     found = {"dense": evaluate(dense, task, "test")}
     for name, kind, strengths in (("method", GroupEnvelope, ENVELOPE), ("baseline", GroupLasso, LASSO)):
-        models = [kind(RATIO, strength=strength)(dense, task, seed=seed) for strength in strengths]
+        models = [kind(RATIO, strength=strength, scope="global")(dense, task, seed=seed) for strength in strengths]
         scores = [evaluate(model, task, "val") for model in models]
         best = scores.index(max(scores))
         found[name] = evaluate(models[best], task, "test")

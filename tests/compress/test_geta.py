@@ -249,7 +249,7 @@ def test_refuses_models_and_tasks() -> None:
     with pytest.raises(TransformError, match="exclude names no group 'head'; there are 0, 2"):
         GETA(exclude=["head"])(task.model, task)
     with pytest.raises(TransformError, match="out of reach: with one unit left in each of the 2 groups at most"):
-        GETA(0.99)(task.model, task)
+        GETA(0.99, scope="global")(task.model, task)
     with pytest.raises(NothingToPruneError, match=r"exclude=\['0', '2'\] leaves none"):
         GETA(exclude=["0", "2"])(task.model, task)
     with pytest.raises(TransformError, match="trains by its own fit="):

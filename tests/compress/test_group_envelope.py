@@ -1,6 +1,7 @@
 """The group envelope: its proximal step against a convex program, its training against steps written out in NumPy."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from torch import nn
 
 from netwright.compress._group_envelope_prox import envelope, envelope_prox
 from netwright.compress._trainable_gate_hook import gated_places
-from netwright.compress.group_envelope import GroupEnvelope, _Proximal, _shortest
+from netwright.compress._unit_plan import Goal, goal_of
+from netwright.compress.group_envelope import GroupEnvelope, _Proximal
 from netwright.core.data import call
 from netwright.core.errors import NothingToPruneError, TransformError
 from netwright.core.graph import Group, trace
@@ -129,9 +131,12 @@ def test_training_is_gradient_steps_and_proximal_steps() -> None:
 def test_exactly_k_units_stay(ratio) -> None:
     for task in small_tasks():
         groups = [group for group in trace(task.model, task.example()).groups if group.exact]
-        size = sum(group.size for group in groups)
+        smaller = GroupEnvelope(ratio, scope="global")(task.model, task, budget=1)
+        gone = sum(group.size - units_left(task.model, smaller, group) for group in groups)
+        assert gone == math.floor(ratio * sum(group.size for group in groups) + 1e-9)
         smaller = GroupEnvelope(ratio)(task.model, task, budget=1)
-        assert sum(units_left(task.model, smaller, group) for group in groups) == round((1 - ratio) * size)
+        for group in groups:
+            assert group.size - units_left(task.model, smaller, group) == math.floor(ratio * group.size + 1e-9)
 
 
 def units_left(model: nn.Module, smaller: nn.Module, group: Group) -> int:
@@ -140,10 +145,32 @@ def units_left(model: nn.Module, smaller: nn.Module, group: Group) -> int:
     return group.size - (before - after) // place.index.shape[1]
 
 
-def test_every_group_keeps_its_longest() -> None:
-    norms = {"a": torch.tensor([0.1, 0.2, 0.3]), "b": torch.tensor([5.0, 4.0, 3.0])}
-    assert _shortest(norms, 3) == {"a": [0, 1], "b": [2]}
-    assert _shortest(norms, 5) == {"a": [0]}
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_scopes_share_the_number_out(scope) -> None:
+    """Weights as they are, four units of "0" and four of "2": which units go, and what a step multiplies them by."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    inputs = torch.randn(5, 3)
+    graph = trace(model, inputs)
+    first, second = (list(graph.groups)[place].name for place in (0, 1))
+    with torch.no_grad():  # lengths relative to the layer's mean, first layer 0.1 0.7 0.8 2.4, second 0.6 0.9 1.1 1.4
+        model[2].weight.copy_(torch.diag(torch.tensor([0.1, 0.7, 0.8, 2.4])))
+        model[4].weight.copy_(torch.tensor([[0.6, 0.9, 1.1, 1.4], [0.0, 0.0, 0.0, 0.0]]))
+    places = gated_places(graph, model, list(graph.groups), inputs)
+    method = GroupEnvelope(0.5, strength=2.0, scope=scope)
+    hook = _Proximal(method, model, places, goal_of(method, list(graph.groups)))
+    lengths = {first: np.array([0.1, 0.7, 0.8, 2.4]), second: np.array([0.6, 0.9, 1.1, 1.4])}
+    if scope == "layer":
+        assert hook.shortest() == {first: [0, 1], second: [0, 1]}
+        shares = {name: naive_shares(values, 2, 0.5) for name, values in lengths.items()}
+    else:
+        assert hook.shortest() == {first: [0, 1, 2], second: [0]}
+        both = naive_shares(np.concatenate(list(lengths.values())), 4, 0.5)
+        shares = {first: both[:4], second: both[4:]}
+    hook.after_step(0, 4)
+    for name, norms in hook.norms().items():
+        factors = shares[name] / (shares[name] + 0.5)
+        np.testing.assert_allclose(norms, factors * lengths[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["vgg", "resnet", "mobilenet-v2", "transformer", "lstm"])
@@ -151,7 +178,7 @@ def test_units_at_zero_are_units_gone(name) -> None:
     model, inputs = build(name)
     graph = trace(model, inputs)
     groups = [group for group in graph.groups if group.exact]
-    hook = _Proximal(GroupEnvelope(0.5), model, gated_places(graph, model, groups, inputs), 1)
+    hook = _Proximal(GroupEnvelope(0.5), model, gated_places(graph, model, groups, inputs), Goal(None, 1))
     lengths = torch.cat(list(hook.norms().values()))
     hook._method = Kept(torch.arange(len(lengths)) % 2 == 1)
     hook.after_step(0, 1)
@@ -188,6 +215,7 @@ def test_conforms() -> None:
         ({"ratio": 1.0}, r"ratio must lie in \(0, 1\), got 1.0. 0.5 removes half of the units"),
         ({"strength": 0.0}, "strength must be a finite number, greater than 0"),
         ({"search": 0.0}, r"search must lie in \(0, 1\)"),
+        ({"scope": "all"}, "scope must be 'global' or 'layer'"),
         ({"inexact": 1}, "inexact must be true or false"),
         ({"exclude": "fc"}, "exclude must be a sequence of names"),
     ],
@@ -199,9 +227,9 @@ def test_refuses_settings(changes, message) -> None:
 
 def test_refuses_models_and_tasks() -> None:
     task = regression()
-    with pytest.raises(TransformError, match=r"would leave 0 of 7 units for 1 groups.*At most 0\.8571 can be removed"):
-        GroupEnvelope(0.95)(task.model, task)
-    with pytest.raises(TransformError, match=r"ratio=0\.05 would remove none of 7 units"):
+    with pytest.raises(TransformError, match=r"ratio=0\.99 is out of reach: with one unit left in each of the 2"):
+        GroupEnvelope(0.99, scope="global")(small_tasks()[1].model, small_tasks()[1])
+    with pytest.raises(TransformError, match=r"ratio=0\.05 would remove no unit; the smallest .* is 0\.1429"):
         GroupEnvelope(0.05)(task.model, task)
     with pytest.raises(TransformError, match="exclude names no group 'head'; there are 0"):
         GroupEnvelope(exclude=["head"])(task.model, task)

@@ -167,7 +167,7 @@ def test_descent_towards_zero_is_redundant() -> None:
 def test_ratio_is_met_exactly(corrective, ratio, budget) -> None:
     """Whatever the length of training; and nothing changes when the zeros are cut out."""
     for task in small_tasks():
-        method = HESSO(ratio, corrective=corrective)
+        method = HESSO(ratio, scope="global", corrective=corrective)
         found = plan(method, task.model, task)
         total = sum(group.size for group in found.groups)
         small = dict(method(task.model, task, budget=budget).named_parameters())

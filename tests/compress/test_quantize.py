@@ -253,6 +253,34 @@ def test_every_setting_exports_what_it_simulates(digits, tmp_path, step):
     assert 1e-4 < float((full - simulated).norm() / full.norm()) < 0.1
 
 
+@pytest.mark.parametrize("settings", [{}, {"weight": "uint8"}, {"reduce_range": True}], ids=str)
+def test_weights_of_four_bits_take_half_and_compute_the_same(digits, tmp_path, settings):
+    sizes = {}
+    for bits in (8, 4):
+        model = Int8(weight_bits=bits, **settings)(digits.model, digits)
+        path = tmp_path / f"{bits}.onnx"
+        export_onnx(model, digits.example(), path)
+        sizes[bits] = path.stat().st_size
+    images = digits.data.test.tensors[0][:128]
+    simulated, real = outputs(model, images), OnnxModule(path)(images)
+    assert float((real - simulated).norm() / simulated.norm()) < 0.01
+    four = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+    held = [item for item in onnx.load(path).graph.initializer if item.data_type in four and np.prod(item.dims) > 256]
+    weights = sum(int(np.prod(item.dims)) for item in held)
+    assert weights > 0.8 * sum(value.numel() for value in digits.model.parameters() if value.ndim > 1)
+    assert sizes[8] - sizes[4] > 0.9 * weights / 2
+    quantizer = model.get_submodule("0.weight_quantizer")
+    steps = (quantizer(model.get_parameter("0.weight")) / quantizer.scale[:, None, None, None]).detach().round()
+    assert set(steps.flatten().tolist()) <= set(range(-7, 8))
+    assert float(steps.abs().max()) == 7
+
+
+@pytest.mark.parametrize("bits", [1, 9, 4.0, True])
+def test_refuses_widths_of_weights(bits):
+    with pytest.raises(TransformError, match=r"Int8\.weight_bits must be"):
+        Int8(weight_bits=bits)
+
+
 @pytest.mark.vnni
 def test_quantized_model_trains_copies_saves(digits, quantized, tmp_path):
     images, labels = digits.data.train.tensors

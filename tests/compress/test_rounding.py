@@ -46,13 +46,12 @@ def test_grid_holds_zero_and_the_range(integers, low, high):
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
-@pytest.mark.parametrize(("kind", "reduced"), [("int8", False), ("int8", True), ("uint8", False)])
-def test_weight_rounding_against_float64(per_channel, kind, reduced):
+@pytest.mark.parametrize(("kind", "reach"), [("int8", 127), ("int8", 63), ("uint8", 127), ("uint8", 7), ("int8", 1)])
+def test_weight_rounding_against_float64(per_channel, kind, reach):
     torch.manual_seed(1)
     weight = torch.randn(6, 4, 3, 3) * torch.tensor([0.01, 1, 5, 0.2, 1, 0.0])[:, None, None, None]
-    integers = Integers.weight(kind, reduced)
+    integers = Integers.weight(kind, reach)
     found = WeightQuantizer(weight, 0, integers, per_channel)(weight).double().numpy()
-    reach = 63 if reduced else 127
     exact = weight.double().numpy()
     largest = np.abs(exact).max((1, 2, 3), keepdims=True) if per_channel else np.abs(exact).max()
     scale = np.maximum(largest, 1e-12) / reach
@@ -62,7 +61,7 @@ def test_weight_rounding_against_float64(per_channel, kind, reduced):
 
 def test_weight_scales_follow_training_and_rest_in_evaluation():
     weight = torch.randn(3, 4)
-    module = WeightQuantizer(weight, 0, Integers.weight("int8", False), True)
+    module = WeightQuantizer(weight, 0, Integers.weight("int8", 127), True)
     module.eval()(weight * 2)
     torch.testing.assert_close(module.scale, weight.abs().amax(1) / 127)
     module.train()(weight * 2)

@@ -1,6 +1,7 @@
 """The space of steps."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from netwright.compress import Prune
 from netwright.core.errors import TargetError
 from netwright.workshop.point import key
-from netwright.workshop.space import Droppable, Space, parse_steps
+from netwright.workshop.space import STEPS, Droppable, Space, parse_steps, weight_bits
 
 GROUPS = st.lists(st.integers(1, 200), min_size=1, max_size=5).map(
     lambda sizes: tuple((f"layer{number}", size) for number, size in enumerate(sizes))
@@ -19,7 +20,8 @@ GROUPS = st.lists(st.integers(1, 200), min_size=1, max_size=5).map(
 @st.composite
 def proposals(draw: st.DrawFn) -> tuple[Space, dict]:
     groups = draw(GROUPS)
-    space = Space(groups, draw(st.none() | st.just({"activation": "uint8"})))
+    free = frozenset(draw(st.sets(st.sampled_from([name for name, _ in groups]))))
+    space = Space(groups, draw(st.none() | st.just({"activation": "uint8"})), free=free)
     values: dict = {
         "thin": draw(st.integers(0, space.thinnest)),
         "saliency": draw(st.sampled_from(["magnitude", "taylor"])),
@@ -48,9 +50,11 @@ def test_every_proposal_leaves_a_unit_in_every_group(given_: tuple[Space, dict])
             for name, ratio in pruned.ratios.items():
                 removed = math.floor(ratio * sizes[name] + 1e-9)  # what Prune takes
                 assert 1 <= removed < sizes[name]
-                wanted = min(1.0, 2 ** (values[f"offset/{name}"] - values["thin"] / 4))
+                wanted = sizes[name] * min(1.0, 2 ** (values[f"offset/{name}"] - values["thin"] / 4))
                 left = sizes[name] - removed
-                assert abs(left - wanted * sizes[name]) <= 0.5 + 1e-6 or left == 1
+                block = 1 if name in space.free or sizes[name] < 16 or wanted < 3 else 4 if wanted < 6 else 8
+                assert abs(left - wanted) <= block / 2 + 1e-6 or left == 1
+                assert left % block == 0
     assert any(step.method.endswith(":Int8") for step in steps) == bool(values.get("int8"))
 
 
@@ -99,6 +103,8 @@ def test_without_groups_only_precision_is_left() -> None:
 def test_offsets_move_one_group_only() -> None:
     space = Space((("a", 100), ("b", 100)), None)
     (step,) = space.steps({"thin": 4, "offset/a": -1.0, "offset/b": 0.5})
+    assert step.settings["ratios"] == pytest.approx({"a": 1 - 0.24, "b": 1 - 0.72})
+    (step,) = replace(space, free=frozenset("ab")).steps({"thin": 4, "offset/a": -1.0, "offset/b": 0.5})
     assert step.settings["ratios"] == pytest.approx({"a": 0.75, "b": 1 - 0.71})
 
 
@@ -152,3 +158,36 @@ def test_the_ladder_tries_depth_and_ways_to_write() -> None:
         space.search_space().check(values)
     assert [values["branches"] for values in Space((), None, BRANCHES).ladder()] == [2, 1]
     assert Space((), None, codebooks=True).ladder() == [{"codebooks": 4}]
+
+
+def test_integers_may_have_weights_of_fewer_bits() -> None:
+    space = Space((("a", 64),), {"activation": "uint8"}, codebooks=True, widths=(8, 4))
+    neutral = {"thin": 0, "saliency": "magnitude", "offset/a": 0.0}
+    wide, narrow = ({**neutral, "int8": True, "bits": bits} for bits in (8, 4))
+    assert [step.settings for step in space.steps(wide)] == [{"activation": "uint8"}]
+    assert [step.settings for step in space.steps(narrow)] == [{"activation": "uint8", "weight_bits": 4}]
+    space.steps(narrow)[0].build()
+    floats = {**narrow, "int8": False, "codebooks": 0}
+    conditions = space.search_space()
+    assert conditions.key(floats) == conditions.key({**floats, "bits": 8})
+    assert conditions.key({**wide, "codebooks": 0}) != conditions.key({**narrow, "codebooks": 0})
+    forms = {(values["int8"], values["bits"], values["codebooks"]) for values in space.ladder()}
+    assert forms == {(True, 8, 0), (True, 4, 0), (False, 8, 4), (False, 8, 0)}
+    assert space.size() == pytest.approx(math.log10(2 * 64 * 5))
+    only = Space((), {"activation": "uint8"}, widths=(4,))
+    assert list(only.distributions()) == ["int8"]
+    assert only.steps({"int8": True})[0].settings["weight_bits"] == 4
+
+
+@pytest.mark.parametrize(
+    ("steps", "sized", "expected"),
+    [
+        (STEPS, True, (8, 4)),
+        (STEPS, False, (8,)),
+        (("int4",), True, (4,)),
+        (("int4",), False, ()),
+        (("prune",), True, ()),
+    ],
+)
+def test_few_bits_are_tried_where_a_target_speaks_of_size(steps, sized, expected) -> None:
+    assert weight_bits(steps, sized) == expected

@@ -1,57 +1,18 @@
-"""Least squares with at most k entries that are not zero, by hard thresholding; no p by p matrix is ever formed."""
-
-from dataclasses import dataclass, replace
+"""Least squares with at most k entries that are not zero, by hard thresholding."""
 
 import torch
 from torch import Tensor
 
+from netwright.compress._elimination import eliminate
+from netwright.compress._least_squares import LeastSquares, refit
 from netwright.compress._sparse_recipe_masks import largest
 
-__all__ = ["LeastSquares", "hard_threshold_step", "refit", "solve_sparse"]
+__all__ = ["hard_threshold_step", "solve_sparse"]
 
 _ACTIVE = 1.5  # columns in the active set, in multiples of k
 _FALL = 1e-3  # relative fall of the objective below which a loop ends
 _HALVINGS = 10
 _FITTED = 1e-4  # share of the gradient inside the support below which the support counts as fitted
-_WIDTH = 2048  # columns held in float64 at a time
-
-
-@dataclass(frozen=True)
-class LeastSquares:
-    r"""The function :math:`f(w) = \frac1{2n} \lVert Xw - t \rVert^2 + \frac\lambda2 \lVert w - \bar w \rVert^2`.
-
-    Args:
-        rows: :math:`X`, ``(n, p)``.
-        target: :math:`t`, ``(n,)``.
-        anchor: :math:`\bar w`, ``(p,)``.
-        ridge: :math:`\lambda > 0`.
-        scale: :math:`d`, ``(p,)`` above 0: entries are compared, and steps are taken, as entries of :math:`d \odot w`.
-    """
-
-    rows: Tensor
-    target: Tensor
-    anchor: Tensor
-    ridge: float
-    scale: Tensor
-
-    def value(self, w: Tensor) -> float:
-        """The objective."""
-        fit = (self.rows @ w - self.target).double().square().sum() / (2 * len(self.target))
-        return float(fit + self.ridge / 2 * (w - self.anchor).double().square().sum())
-
-    def gradient(self, w: Tensor) -> Tensor:
-        """The gradient, ``(p,)``: two products with the rows."""
-        residual = self.rows @ w - self.target
-        return self.rows.mT @ (residual / len(residual)) + self.ridge * (w - self.anchor)
-
-    def curvature(self, direction: Tensor) -> float:
-        """The second derivative along ``direction``."""
-        along = (self.rows @ direction).double().square().sum() / len(self.target)
-        return float(along + self.ridge * direction.double().square().sum())
-
-    def columns(self, index: Tensor) -> "LeastSquares":
-        """The function of the entries ``index`` alone, all others being zero; it lacks a constant."""
-        return replace(self, rows=self.rows[:, index], anchor=self.anchor[index], scale=self.scale[index])
 
 
 def hard_threshold_step(problem: LeastSquares, w: Tensor, count: int, value: float) -> tuple[Tensor, float]:
@@ -117,47 +78,23 @@ def _first_change(w: Tensor, gradient: Tensor, support: Tensor) -> float:
     return float(times.min())
 
 
-def refit(problem: LeastSquares, index: Tensor) -> Tensor:
-    r"""The minimizer among vectors that are zero outside ``index``, as ``(len(index),)``.
-
-    .. math:: w_S = \bar w_S + X_S^\top (X_S X_S^\top + n \lambda I)^{-1} (t - X_S \bar w_S)
-
-    or, with fewer columns than rows, the same by the matrix of columns.
-    """
-    anchor = problem.anchor[index]
-    right = (problem.target - problem.rows[:, index] @ anchor).double()
-    if len(index) < len(right):
-        columns = problem.rows[:, index].double()
-        gram = columns.mT @ columns
-        gram.diagonal().add_(problem.ridge * len(right))
-        step = torch.cholesky_solve((columns.mT @ right)[:, None], torch.linalg.cholesky(gram)).flatten()
-    else:
-        gram = torch.zeros(len(right), len(right), dtype=torch.float64, device=right.device)
-        for part in torch.split(index, _WIDTH):
-            columns = problem.rows[:, part].double()
-            gram.addmm_(columns, columns.mT)
-        gram.diagonal().add_(problem.ridge * len(right))
-        weights = torch.cholesky_solve(right[:, None], torch.linalg.cholesky(gram)).flatten()
-        step = torch.cat([problem.rows[:, part].double().mT @ weights for part in torch.split(index, _WIDTH)])
-    return anchor + step.to(anchor)
-
-
 def solve_sparse(problem: LeastSquares, start: Tensor, count: int, *, steps: int = 50, rounds: int = 5) -> Tensor:
     """A vector of at most ``count`` entries other than zero that neither steps nor a refit improve by much.
 
-    Steps act on an active set, the ``1.5 count`` entries that a step from all of them would make largest; then the
-    support is fitted exactly, and the gradient of all entries chooses the active set anew.
+    It begins with what :func:`~netwright.compress._elimination.eliminate` leaves of ``start``. Steps act on an active
+    set, the ``1.5 count`` entries that a step from all of them would make largest; then the support is fitted exactly,
+    and the gradient of all entries chooses the active set anew.
 
     Args:
         problem: what to minimize.
-        start: ``(p,)``; thresholded first.
+        start: ``(p,)``; all but ``count`` of its entries go first.
         count: k.
         steps: of hard thresholding in a round, at most.
         rounds: active sets, at most.
 
     Cost: ``O(n p)`` for each round, ``O(n k)`` for each step, ``O(n**2 k + n**3)`` for each fit; ``3 n k`` words.
     """
-    w = start * largest((start * problem.scale).abs(), count)
+    w = eliminate(problem, start, count)
     value = problem.value(w)
     for _ in range(rounds):
         active = _active_set(problem, w, count)

@@ -26,9 +26,8 @@ class Integers:
         return cls(0, 255) if kind == "uint8" else cls(-128, 127)
 
     @classmethod
-    def weight(cls, kind: str, reduced: bool) -> "Integers":
-        """A range symmetric about its middle, 127 steps to each side, or 63 when ``reduced``."""
-        reach = 63 if reduced else 127
+    def weight(cls, kind: str, reach: int) -> "Integers":
+        """A range of ``reach`` steps to each side of its middle: 127 are all of 8 bits."""
         middle = 128 if kind == "uint8" else 0
         return cls(middle - reach, middle + reach)
 

@@ -9,7 +9,7 @@ from torch import nn
 from netwright.core.errors import TransformError
 from netwright.core.task import Task
 
-__all__ = ["check_choice", "check_count", "check_number", "check_ratio", "check_weights", "require_loss"]
+__all__ = ["check_choice", "check_count", "check_flag", "check_number", "check_ratio", "check_weights", "require_loss"]
 
 
 def check_ratio(owner: object, name: str, value: Any, *, what: str, zero: bool = False) -> None:
@@ -63,6 +63,16 @@ def check_choice(owner: object, name: str, value: Any, known: Collection[str]) -
     """
     if value not in known:
         raise TransformError(f"{_name(owner)}.{name} must be {' or '.join(map(repr, known))}, got {value!r}.")
+
+
+def check_flag(owner: object, name: str, value: Any) -> None:
+    """True or false, and nothing that merely counts as one of them.
+
+    Raises:
+        TransformError: anything else.
+    """
+    if not isinstance(value, bool):
+        raise TransformError(f"{_name(owner)}.{name} must be true or false, got {value!r}.")
 
 
 def check_weights(owner: object, model: nn.Module) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from netwright.compress._hard_threshold import LeastSquares
+from netwright.compress._least_squares import LeastSquares
 from netwright.compress._per_sample_gradients import gradient_rows
-from netwright.compress._settings import check_count, check_number, check_ratio, check_weights, require_loss
+from netwright.compress._settings import check_count, check_flag, check_number, check_ratio, check_weights, require_loss
 from netwright.compress._sparse_recipe_masks import checked_names
 from netwright.compress._weights import FlatWeights
 from netwright.core.errors import TransformError
@@ -20,7 +20,7 @@ from netwright.core.transform import Progress
 
 __all__ = ["StagedPruning"]
 
-Solve = Callable[[LeastSquares, Tensor, int], Tensor]
+Solve = Callable[[LeastSquares, Tensor, int, bool], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class StagedPruning:
     """Settings and the course of a method that prunes by sparse regression; the regression itself is the method's."""
 
     ratio: float = 0.9
-    stages: int = 8
+    stages: int = 16
     gradients: int = 256
     batch_size: int = 16
     ridge: float = 1.0
@@ -45,9 +45,7 @@ class StagedPruning:
         check_number(self, "ridge", self.ridge, above=True)
         check_number(self, "noise", self.noise)
         for name in ("first_order", "scaled"):
-            if not isinstance(getattr(self, name), bool):
-                got = getattr(self, name)
-                raise TransformError(f"{type(self).__name__}.{name} must be true or false, got {got!r}.")
+            check_flag(self, name, getattr(self, name))
 
     def counts(self, size: int) -> list[int]:
         """How many of ``size`` weights stay after each stage: equal shares of what is left go in each.
@@ -71,7 +69,8 @@ class StagedPruning:
             task: as in a call.
             seed: of the first stage; each later one draws items anew.
             progress: told how far it is.
-            solve: called with the regression of a stage, the present weights and how many may stay.
+            solve: called with the regression of a stage, the present weights, how many may stay, and whether it is the
+                last stage.
         """
         check_weights(self, model)
         require_loss(self, task)
@@ -85,7 +84,7 @@ class StagedPruning:
             with isolated(seed + stage):
                 problem = self.regression(result, weights, task, seed + stage)
             report((stage + 0.5) / len(counts), f"stage {stage + 1} of {len(counts)}: {count} weights stay")
-            weights.write(solve(problem, problem.anchor, count))
+            weights.write(solve(problem, problem.anchor, count, stage == len(counts) - 1))
         report(1.0, f"{self.ratio:.4g} of {weights.size} weights are zero")
         return result
 

@@ -40,14 +40,18 @@ _ROUNDING = 1e-9  # 0.29 * 100 is a little less than 29
 _AGREES = 1e-3
 
 
-class Structured(Protocol):
-    """The settings that all methods of this kind share."""
+class Shared(Protocol):
+    """The settings that say how many units go."""
 
     @property
     def ratio(self) -> float: ...
 
     @property
     def scope(self) -> Scope: ...
+
+
+class Structured(Shared, Protocol):
+    """The settings that all methods of this kind share."""
 
     @property
     def exclude(self) -> Sequence[str]: ...
@@ -109,7 +113,7 @@ def _lowest(scores: Tensor, count: int) -> Tensor:
     return mask
 
 
-def goal_of(owner: Structured, groups: Sequence[Group]) -> Goal:
+def goal_of(owner: Shared, groups: Sequence[Group]) -> Goal:
     """``floor(ratio * size)`` units of each group, or of all groups together; one stays in each.
 
     Raises:

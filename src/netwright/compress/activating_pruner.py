@@ -8,11 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from netwright.compress._settings import check_count, check_ratio, check_weights
+from netwright.compress._settings import check_count, check_flag, check_ratio, check_weights
 from netwright.compress._sparse_recipe_masks import HeldMask, checked_names, largest, shared_epochs
 from netwright.compress._training import train
 from netwright.compress._weights import FlatWeights
-from netwright.core.errors import TransformError
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -86,8 +85,7 @@ class ActivatingPruner:
         check_ratio(self, "ratio", self.ratio, what="removes half of the weights")
         check_ratio(self, "share", self.share, what="lets the rule for activation choose half of them", zero=True)
         check_count(self, "rounds", self.rounds)
-        if not isinstance(self.rewind, bool):
-            raise TransformError(f"ActivatingPruner.rewind must be true or false, got {self.rewind!r}.")
+        check_flag(self, "rewind", self.rewind)
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ from netwright.compress._codebook_learning import LearnedCodebooks, MappingSteps
 from netwright.compress._codebook_start import alike, kmeans
 from netwright.compress._codebook_storage import StoredCodebooks, attach, codebook_bytes
 from netwright.compress._low_rank_layers import layers_of
-from netwright.compress._settings import check_count, check_number, check_weights
+from netwright.compress._settings import check_count, check_flag, check_number, check_weights
 from netwright.compress._training import train
 from netwright.core.errors import NothingToPruneError, TransformError
 from netwright.core.recipe import Recipe
@@ -116,8 +116,7 @@ class Codebooks:
         check_number(self, "reach", self.reach)
         check_number(self, "rate", self.rate, above=True)
         for name in ("proximal", "distill"):
-            if not isinstance(getattr(self, name), bool):
-                raise TransformError(f"Codebooks.{name} must be true or false, got {getattr(self, name)!r}.")
+            check_flag(self, name, getattr(self, name))
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ from netwright.compress._calibrated import Recorder, calibrated, levels
 from netwright.compress._observe import grid
 from netwright.compress._placement import Weighted
 from netwright.compress._quantizers import ActivationQuantizer, WeightQuantizer
-from netwright.compress._settings import check_count, check_weights
+from netwright.compress._settings import check_count, check_flag, check_weights
 from netwright.core.data import batches, to_device
 from netwright.core.errors import TransformError
 from netwright.core.evaluate import device_of
@@ -68,6 +68,7 @@ class EasyQuant:
         candidates: scales tried in each search.
         rounds: alternations between weights and activations.
         calibration_items: training items that ranges and outputs are taken from.
+        reduce_range: weights of 7 bits where ``bits`` is 8, for x86 machines without VNNI, see :class:`Int8`.
 
     Raises:
         TransformError: an unknown setting; on a call, a model with no layer to quantize or values that are not finite.
@@ -98,6 +99,7 @@ class EasyQuant:
     candidates: int = 33
     rounds: int = 2
     calibration_items: int = 64
+    reduce_range: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or self.bits not in (6, 7, 8):
@@ -105,6 +107,7 @@ class EasyQuant:
         check_count(self, "candidates", self.candidates, least=2)
         check_count(self, "rounds", self.rounds)
         check_count(self, "calibration_items", self.calibration_items)
+        check_flag(self, "reduce_range", self.reduce_range)
 
     def __call__(
         self,
@@ -128,6 +131,8 @@ class EasyQuant:
         report = progress or (lambda fraction, what: None)
         report(0.0, "tracing")
         weights, activations = levels(self.bits)
+        if self.reduce_range and self.bits == 8:
+            weights, _ = levels(7)
         made = calibrated(
             self,
             model,

@@ -65,7 +65,8 @@ class GETA:
         least_bits: :math:`l`, at least 2.
         most_bits: :math:`u`, at most 8, which is what integer kernels execute; with 8, x86 processors without VNNI
             saturate, see :class:`netwright.compress.quantize.Int8`.
-        scope: "global" counts units in all groups together, "layer" takes the share of each group.
+        scope: "layer" takes the share of each group; "global" counts units in all groups together, and may leave a
+            group a single unit.
         periods: in which the bound falls, and in which units go.
         start: fraction of the training after which the bound begins to fall.
         prune: fraction after which units go, above ``start``.
@@ -112,7 +113,7 @@ class GETA:
     ratio: float = 0.5
     least_bits: int = 4
     most_bits: int = 7
-    scope: Scope = "global"
+    scope: Scope = "layer"
     periods: int = 4
     start: float = 0.1
     prune: float = 0.3

@@ -3,20 +3,20 @@
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from netwright.compress._group_envelope_prox import envelope_prox
 from netwright.compress._groups import chosen_groups
-from netwright.compress._settings import check_number, check_ratio, check_weights
+from netwright.compress._settings import check_choice, check_flag, check_number, check_ratio, check_weights
 from netwright.compress._sparse_recipe_masks import checked_names, shared_epochs
 from netwright.compress._trainable_gate_hook import gated_places
 from netwright.compress._training import train
-from netwright.core.errors import TransformError
+from netwright.compress._unit_plan import Goal, Scope, goal_of
 from netwright.core.fit import StepHook
-from netwright.core.graph import Group, Place, trace
+from netwright.core.graph import Place, trace
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -28,16 +28,16 @@ __all__ = ["GroupEnvelope"]
 class GroupEnvelope:
     r"""Removes all but a given number of units; training pushes the others to zero before they are cut out.
 
-    Reach for it when the number of channels, heads or hidden units that may stay is given, and how many of each layer
-    is not. Where a penalty on lengths (group lasso) shrinks every unit and its strength has to be searched for the
-    number wanted, here the number is a setting, and units that win see no more than weight decay.
+    Reach for it when the number of channels, heads or hidden units that may stay is given. Where a penalty on lengths
+    (group lasso) shrinks every unit and its strength has to be searched for the number wanted, here the number is a
+    setting, and units that win see no more than weight decay.
 
-    Unit :math:`g` of all :math:`n` has the entries :math:`x_g` of the weights that read it, divided by their mean
-    length over its layer at the start. With the loss :math:`L` of a batch, training descends on
-    :math:`L + \lambda s_k`,
+    Unit :math:`g` of :math:`n`, those of one layer or of all layers, has the entries :math:`x_g` of the weights that
+    read it, divided by their mean length over its layer at the start. With the loss :math:`L` of a batch, training
+    descends on :math:`L + \lambda s_k`, summed over layers where each has its own :math:`k`,
 
     .. math:: s_k(x) = \min_{0 \le u \le 1,\ \sum_g u_g \le k} \tfrac12 \sum_g \frac{\lVert x_g \rVert^2}{u_g},
-              \qquad k = \mathrm{round}((1 - \mathrm{ratio})\, n)
+              \qquad k = n - \lfloor \mathrm{ratio} \cdot n \rfloor
 
     by a step of the recipe's optimizer followed by the proximal operator:
 
@@ -53,12 +53,14 @@ class GroupEnvelope:
         ratio: share of the units to remove, in (0, 1); exactly :math:`k` of them stay.
         strength: :math:`\lambda` summed over the search, above 0.
         search: fraction of the training with the penalty, in (0, 1).
+        scope: "layer" leaves :math:`k` of each layer, "global" of all layers together: it decides how many of each, and
+            can leave narrow first layers a single unit.
         inexact: also remove units whose removal changes statistics, as of a residual stream under layer normalization.
         exclude: names of groups to leave whole.
 
     Raises:
-        TransformError: a setting outside its range; on a call, fewer units to stay than there are layers, or all of
-            them, a name in ``exclude`` that no group has, weights that are not finite, a task without a loss, or one
+        TransformError: a setting outside its range; on a call, a ratio that would leave a layer no unit or remove none,
+            a name in ``exclude`` that no group has, weights that are not finite, a task without a loss, or one
             that trains by its own ``fit``.
         NothingToPruneError: on a call, no group is left to prune.
         TraceError: on a call, a model that cannot be traced.
@@ -79,11 +81,11 @@ class GroupEnvelope:
     Source: 181. Y. Refael, I. Arbel, W. Huleihel. Learning k-Level Structured Sparse Neural Networks Using Group
         Envelope Regularization. 2022. arXiv:2212.12921.
 
-    Differs: all groups weigh the same, so that :math:`k` counts units; lengths are relative to their layer's, a fixed
-        change of scale that the proximal step is taken in. The recipe's optimizer takes the place of plain gradient
-        steps, with one strength for all of them. The final cut by rank and the training after it make the number
-        exact however far the search has come. Where scaling the weights that read a unit does not silence it, all of
-        its weights are scaled, and an entry of two units by both.
+    Differs: all groups weigh the same, so that :math:`k` counts units, by default of each layer; lengths are relative
+        to their layer's, a fixed change of scale that the proximal step is taken in. The recipe's optimizer takes the
+        place of plain gradient steps, with one strength for all of them. The final cut by rank and the training after
+        it make the number exact however far the search has come. Where scaling the weights that read a unit does not
+        silence it, all of its weights are scaled, and an entry of two units by both.
 
     Cost: the training that ``budget`` allows (None: the recipe's epochs), of which ``search`` runs at full size with
         two passes over the weights and a sort of :math:`n` numbers more in each step; one trace, and two passes of two
@@ -95,6 +97,7 @@ class GroupEnvelope:
     ratio: float = 0.5
     strength: float = 5.0
     search: float = 0.5
+    scope: Scope = "layer"
     inexact: bool = False
     exclude: Sequence[str] = ()
 
@@ -103,8 +106,8 @@ class GroupEnvelope:
         check_ratio(self, "ratio", self.ratio, what="removes half of the units")
         check_number(self, "strength", self.strength, above=True)
         check_ratio(self, "search", self.search, what="spends half of the training on the search")
-        if not isinstance(self.inexact, bool):
-            raise TransformError(f"GroupEnvelope.inexact must be true or false, got {self.inexact!r}.")
+        check_choice(self, "scope", self.scope, get_args(Scope))
+        check_flag(self, "inexact", self.inexact)
 
     def __call__(
         self,
@@ -129,10 +132,10 @@ class GroupEnvelope:
         report(0.0, "tracing")
         graph = trace(model, task.example())
         groups = chosen_groups(self, graph, self.exclude, self.inexact, "prune")
-        k = self._count(groups)
+        goal = goal_of(self, groups)
         result = deepcopy(model)
         places = gated_places(graph, model, groups, task.example())
-        hook = _Proximal(self, result, places, k)
+        hook = _Proximal(self, result, places, goal)
         epochs = (task.recipe or Recipe()).epochs if budget is None else budget
         search, rest = shared_epochs(task, epochs, [self.search, 1.0 - self.search])
         train(
@@ -145,8 +148,8 @@ class GroupEnvelope:
             progress=lambda fraction, what: report(0.05 + 0.5 * fraction, f"search: {what}"),
             average=None,
         )
-        report(0.56, f"cutting all but {k} units out")
-        smaller = graph.shrink(result, _shortest(hook.norms(), k))
+        report(0.56, f"cutting {goal.total} units out")
+        smaller = graph.shrink(result, hook.shortest())
         train(
             self,
             smaller,
@@ -155,46 +158,21 @@ class GroupEnvelope:
             seed=seed + 1,
             progress=lambda fraction, what: report(0.6 + 0.4 * fraction, what),
         )
-        report(1.0, f"kept {k} of {sum(group.size for group in groups)} units")
+        report(1.0, f"removed {goal.total} of {sum(group.size for group in groups)} units")
         return smaller.eval()
 
     def factors(self, norms: Tensor, k: int, share: float) -> Tensor:
         """What a step multiplies units of lengths ``norms`` ``(n,)`` by, where ``share`` of the strength is spent."""
         return envelope_prox(norms, k, self.strength * share)
 
-    def _count(self, groups: Sequence[Group]) -> int:
-        size = sum(group.size for group in groups)
-        k = round((1.0 - self.ratio) * size)
-        if k < len(groups):
-            raise TransformError(
-                f"GroupEnvelope.ratio={self.ratio:g} would leave {k} of {size} units for {len(groups)} groups, each of "
-                f"which keeps one. At most {1 - len(groups) / size:.4g} can be removed."
-            )
-        if k == size:
-            raise TransformError(f"GroupEnvelope.ratio={self.ratio:g} would remove none of {size} units. Raise it.")
-        return k
-
-
-def _shortest(norms: Mapping[str, Tensor], k: int) -> dict[str, list[int]]:
-    """All units but the longest of each group and the longest of the others, ``k`` in all."""
-    longest = {name: int(values.argmax()) for name, values in norms.items()}
-    ranked = sorted(
-        (value, position, name, unit)
-        for position, (name, values) in enumerate(norms.items())
-        for unit, value in enumerate(values.tolist())
-        if unit != longest[name]
-    )
-    gone: dict[str, list[int]] = {}
-    for _, _, name, unit in ranked[: len(ranked) + len(norms) - k]:
-        gone.setdefault(name, []).append(unit)
-    return {name: sorted(units) for name, units in gone.items()}
-
 
 class _Proximal(StepHook):
     """Takes the proximal step after every step of the optimizer."""
 
-    def __init__(self, method: GroupEnvelope, model: nn.Module, places: Mapping[str, Sequence[Place]], k: int) -> None:
-        self._method, self._places, self._k = method, places, k
+    def __init__(
+        self, method: GroupEnvelope, model: nn.Module, places: Mapping[str, Sequence[Place]], goal: Goal
+    ) -> None:
+        self._method, self._places, self._goal = method, places, goal
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._scale = dict.fromkeys(places, 1.0)
         self._scale = {name: float(values.mean()) or 1.0 for name, values in self.norms().items()}
@@ -212,13 +190,23 @@ class _Proximal(StepHook):
             found[name] = torch.stack(squares).sum(0).sqrt() / self._scale[name]
         return found
 
+    def shortest(self) -> dict[str, list[int]]:
+        """The units that are to go, of each group that loses any."""
+        gone = self._goal.lowest(self.norms())
+        return {name: mask.nonzero().flatten().tolist() for name, mask in gone.items() if bool(mask.any())}
+
+    def _factors(self, share: float) -> dict[str, Tensor]:
+        norms, counts = self.norms(), self._goal.counts
+        if counts is not None:
+            return {name: self._method.factors(each, len(each) - counts[name], share) for name, each in norms.items()}
+        sizes = [len(each) for each in norms.values()]
+        factors = self._method.factors(torch.cat(list(norms.values())), sum(sizes) - self._goal.total, share)
+        return dict(zip(norms, torch.split(factors, sizes), strict=True))
+
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:
-        norms = self.norms()
-        factors = self._method.factors(torch.cat(list(norms.values())), self._k, 1.0 / total)
-        parts = torch.split(factors, [len(values) for values in norms.values()])
-        for places, part in zip(self._places.values(), parts, strict=True):
-            for place in places:
+        for name, part in self._factors(1.0 / total).items():
+            for place in self._places[name]:
                 value = self._parameters[place.parameter]
                 line = torch.ones(value.shape[place.dim], dtype=value.dtype)
                 line[torch.as_tensor(place.index)] = part.to(value.dtype)[:, None]

@@ -8,13 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from netwright.compress._settings import check_count
+from netwright.compress._settings import check_count, check_flag
 from netwright.compress._sparse_recipe_masks import shared_epochs, steps_per_epoch
 from netwright.compress._training import train
 from netwright.compress._unit_plan import Plan, Scope, UnitHook, check_structured, plan
 from netwright.compress._unit_saliency import unit_saliency
 from netwright.compress._unit_vectors import UnitVectors
-from netwright.core.errors import TransformError
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -53,7 +52,8 @@ class HESSO:
 
     Args:
         ratio: share of the units to remove, in (0, 1).
-        scope: "global" counts units in all groups together, "layer" takes the share of each group.
+        scope: "layer" takes the share of each group; "global" counts units in all groups together, and may leave a
+            group a single unit.
         corrective: identify redundant units in cycles.
         periods: in which units go, without ``corrective``.
         cycles: at most, with ``corrective``.
@@ -96,7 +96,7 @@ class HESSO:
     trains: ClassVar[bool] = True
 
     ratio: float = 0.5
-    scope: Scope = "global"
+    scope: Scope = "layer"
     corrective: bool = False
     periods: int = 5
     cycles: int = 3
@@ -108,8 +108,7 @@ class HESSO:
         check_structured(self)
         check_count(self, "periods", self.periods)
         check_count(self, "cycles", self.cycles)
-        if not isinstance(self.corrective, bool):
-            raise TransformError(f"HESSO.corrective must be true or false, got {self.corrective!r}.")
+        check_flag(self, "corrective", self.corrective)
 
     def __call__(
         self,

@@ -28,6 +28,7 @@ Kind = Literal["uint8", "int8"]
 Calibration = Literal["minmax", "percentile", "mse"]
 
 _BATCH = 32
+_WHOLE, _REDUCED = 8, 7  # bits of a weight
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,12 @@ class Int8:
     .. math:: \hat x = s \, (\mathrm{clip}(\mathrm{round}(x / s) + z, l, h) - z)
 
     with integers from ``l`` to ``h``, step ``s`` and zero point ``z``. For a weight, ``z`` is the middle of the range
-    and ``s_c = max|w_c| / 127`` for each output channel ``c``; for an activation, ``s`` and ``z`` span the range that
-    ``calibration`` finds in what calibration data makes of it; the range always holds zero. Batch norms are folded
-    into the layers before them first. What is rounded: inputs and weights of convolutions and linear layers, outputs
-    of convolutions after their ReLU, and sums, products, concatenations and average pools between them. Layer norms,
-    softmax, attention and other element-wise functions stay in float, as do weights that an embedding shares.
+    and ``s_c = max|w_c| / (2**(weight_bits - 1) - 1)`` for each output channel ``c``; for an activation, ``s`` and
+    ``z`` span the range that ``calibration`` finds in what calibration data makes of it; the range always holds zero.
+    Batch norms are folded into the layers before them first. What is rounded: inputs and weights of convolutions and
+    linear layers, outputs of convolutions after their ReLU, and sums, products, concatenations and average pools
+    between them. Layer norms, softmax, attention and other element-wise functions stay in float, as do weights that an
+    embedding shares.
 
     The result is a traced ``torch.fx.GraphModule`` in evaluation form (dropout is gone, the remaining batch norms
     keep their statistics). It computes in float what integer inference computes, to rounding ties. Exported with
@@ -61,6 +63,8 @@ class Int8:
         per_channel: one weight scale for each output channel rather than one for the whole weight.
         reduce_range: weights of 7 bits. For x86 machines without VNNI, where products of uint8 and int8 are added in
             16 bits and would saturate.
+        weight_bits: of each weight, 2 to 8. Fewer take less space in the file and are computed with as 8 all the same;
+            with 4, train a little afterwards, and expect trouble below.
         calibration: "minmax" spans all values seen; "percentile" leaves out the outermost 0.01%, "mse" takes the
             fraction of the range with the least mean squared error: for activations with rare large values.
         calibration_items: training items that calibration sees, drawn at random.
@@ -92,6 +96,7 @@ class Int8:
     weight: Kind = "int8"
     per_channel: bool = True
     reduce_range: bool = False
+    weight_bits: int = 8
     calibration: Calibration = "minmax"
     calibration_items: int = 256
     skip: tuple[str, ...] = ()
@@ -100,8 +105,17 @@ class Int8:
         for name, kinds in (("activation", Kind), ("weight", Kind), ("calibration", Calibration)):
             check_choice(self, name, getattr(self, name), get_args(kinds))
         check_count(self, "calibration_items", self.calibration_items)
+        check_count(self, "weight_bits", self.weight_bits, least=2)
+        if self.weight_bits > _WHOLE:
+            raise TransformError(f"Int8.weight_bits must be 2 to 8, got {self.weight_bits!r}.")
         if isinstance(self.skip, str):
             raise TransformError(f"Int8.skip must be names of modules, got one string. Write ({self.skip!r},).")
+
+    @property
+    def reach(self) -> int:
+        """The largest integer that stands for a weight, less the one that stands for zero."""
+        bits = min(self.weight_bits, _REDUCED) if self.reduce_range else self.weight_bits
+        return int(2 ** (bits - 1)) - 1
 
     def __call__(
         self,
@@ -221,7 +235,7 @@ def insert(
     Weights become ``integers`` where given, else those of ``settings``.
     """
     graph = module.graph
-    integers = integers or Integers.weight(settings.weight, settings.reduce_range)
+    integers = integers or Integers.weight(settings.weight, settings.reach)
     for node, rule in where.weights.items():
         source = node.args[rule.weight]
         assert isinstance(source, fx.Node)

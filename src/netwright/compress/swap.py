@@ -4,7 +4,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from netwright.compress._hard_threshold import LeastSquares, solve_sparse
+from netwright.compress._elimination import eliminate
+from netwright.compress._hard_threshold import solve_sparse
+from netwright.compress._least_squares import LeastSquares
 from netwright.compress._settings import check_count, check_number
 from netwright.compress._sinkhorn import barycentric_target, sinkhorn_plan
 from netwright.compress._staged_pruning import StagedPruning
@@ -116,7 +118,9 @@ class SWAP(StagedPruning):
         """
         return self.prune(model, task, seed, progress, self._solve)
 
-    def _solve(self, problem: LeastSquares, start: Tensor, count: int) -> Tensor:
+    def _solve(self, problem: LeastSquares, start: Tensor, count: int, last: bool) -> Tensor:
+        if self.alternations == 0 and not last:
+            return eliminate(problem, start, count)  # as CHITA
         w = solve_sparse(problem, start, count)
         spread = float(problem.target.double().var(correction=0))
         for _ in range(self.alternations if spread > 0 else 0):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from netwright.compress._groups import chosen_groups
 from netwright.compress._saliency import saliency_magnitude
-from netwright.compress._settings import check_choice, check_number, check_ratio, check_weights
+from netwright.compress._settings import check_choice, check_flag, check_number, check_ratio, check_weights
 from netwright.compress._sparse_recipe_masks import checked_names, shared_epochs
 from netwright.compress._trainable_gate_hook import GateTraining, gated_places
 from netwright.compress._trainable_gate_macs import MacModel, closed_units
@@ -115,8 +115,7 @@ class TrainableGate:
         check_number(self, "reach", self.reach, above=True)
         check_choice(self, "shape", self.shape, get_args(Shape))
         for name in ("distill", "inexact"):
-            if not isinstance(getattr(self, name), bool):
-                raise TransformError(f"TrainableGate.{name} must be true or false, got {getattr(self, name)!r}.")
+            check_flag(self, name, getattr(self, name))
 
     def __call__(
         self,

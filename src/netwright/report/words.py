@@ -157,7 +157,8 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     (
         "int8",
         "Weights and activations held as 8-bit whole numbers with a scale, instead of 32-bit floating point numbers: a "
-        "quarter of the size, and faster where the processor has instructions for it.",
+        "quarter of the size, and faster where the processor has instructions for it. With 4-bit weights, an eighth of "
+        "the size; they are computed with as 8 bits, as fast.",
     ),
     (
         "Hypervolume",

@@ -7,7 +7,7 @@ from netwright.core.rundir import RunDirectory
 from netwright.workshop.job import Job
 from netwright.workshop.plan import default_workers, prunable
 from netwright.workshop.run import prepare
-from netwright.workshop.space import STEPS, Droppable, Space
+from netwright.workshop.space import STEPS, Droppable, Space, weight_bits
 
 __all__ = ["dry_run"]
 
@@ -28,9 +28,15 @@ def dry_run(job: Job, *, resume: bool = False) -> list[str]:
     groups = prunable(graph)
     steps = job.steps or STEPS
     branches = branch_names(task.build(job.seed), task.example()) if "branches" in steps else []
-    books = "codebooks" in steps and any(limit.metric == "size" for limit in job.limits)
+    sized = any(limit.metric == "size" for limit in job.limits)
+    bits = weight_bits(steps, sized)
     space = Space(
-        groups if "prune" in steps else (), {} if "int8" in steps else None, tuple(map(Droppable, branches)), books
+        groups if "prune" in steps else (),
+        {} if bits else None,
+        tuple(map(Droppable, branches)),
+        "codebooks" in steps and sized,
+        bits,
+        frozenset(group.name for group in graph.groups if group.kind == "heads"),
     )
     recipe = task.recipe or Recipe()
     heads = sum(group.kind == "heads" for group in graph.groups)

@@ -280,6 +280,8 @@ def _precision(steps: Sequence[Step]) -> str | None:
     """How multiplying layers are stored after these steps; None for floats."""
     for step in steps:
         if is_low_precision(step.build()):
-            books = step.method.endswith(":Codebooks")
-            return f"{step.settings['bits']}-bit codebook" if books else "int8"
+            if step.method.endswith(":Codebooks"):
+                return f"{step.settings['bits']}-bit codebook"
+            bits = step.settings.get("weight_bits", 8)
+            return "int8" if bits == 8 else f"int8, {bits}-bit weights"
     return None

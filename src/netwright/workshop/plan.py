@@ -14,7 +14,7 @@ from netwright.workshop.baseline import Baseline
 from netwright.workshop.evaluation import Measuring
 from netwright.workshop.job import Job
 from netwright.workshop.quiet import QuietRoom
-from netwright.workshop.space import STEPS, Droppable, Space
+from netwright.workshop.space import STEPS, Droppable, Space, weight_bits
 
 __all__ = ["Plan", "default_workers", "make_plan", "prunable"]
 
@@ -66,9 +66,11 @@ def make_plan(
     """
     if not run.has(_RECORD):
         steps = job.steps or STEPS
-        settings, table = _int8(task, baseline, job.measuring) if "int8" in steps else (None, [])
+        sized = any(limit.metric == "size" for limit in job.limits)
+        bits = weight_bits(steps, sized)
+        settings, table = _int8(task, baseline, job.measuring) if bits else (None, [])
         branches = _branches(task, baseline, graph) if "branches" in steps else ()
-        books = "codebooks" in steps and any(limit.metric == "size" for limit in job.limits)
+        books = "codebooks" in steps and sized
         if not (prunable(graph) and "prune" in steps) and settings is None and not branches and not books:
             raise NothingToPruneError(_nothing(graph))
         elapsed = clock()
@@ -84,6 +86,7 @@ def make_plan(
                 "int8_table": table,
                 "branches": [asdict(branch) for branch in branches],
                 "codebooks": books,
+                "widths": list(bits),
                 "workers": count,
                 "started": elapsed,
                 "candidate_seconds": seconds,
@@ -99,6 +102,8 @@ def make_plan(
             record["int8"],
             tuple(Droppable(each["name"], tuple(each["groups"])) for each in record.get("branches", ())),
             record.get("codebooks", False),
+            tuple(record.get("widths", [8])),
+            frozenset(group.name for group in graph.groups if group.kind == "heads"),
         ),
         workers=job.workers or record["workers"],
         started=record["started"],

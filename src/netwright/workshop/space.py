@@ -9,21 +9,23 @@ import optuna
 
 from netwright.core.errors import TargetError
 from netwright.search import SearchSpace
-from netwright.workshop.point import Step
+from netwright.workshop.point import Step, key
 
-__all__ = ["STEPS", "Droppable", "Space", "parse_steps"]
+__all__ = ["STEPS", "Droppable", "Space", "parse_steps", "weight_bits"]
 
-STEPS = ("prune", "branches", "int8", "codebooks")
+STEPS = ("prune", "branches", "int8", "int4", "codebooks")
 """What ``optimize`` may do to a network, in the order in which it is done."""
 
 _LADDER = (
-    *((8, 0.0), (12, 0.0), (4, 1.0), (4, 0.0), (8, 0.5), (8, 1.0), (16, 0.0)),
-    *((4, 0.5), (0, 1.0), (10, 0.0), (6, 0.0), (14, 0.0), (0, 0.0)),
+    *((8, 0.0), (12, 0.0), (4, 1.0), (4, 0.0)),
+    *((8, 0.5), (4, 0.5), (16, 0.0), (0, 0.0), (14, 0.0)),
 )  # levels of thinness, and shares of the branches that go
 _LEVEL = 0.25  # a level is so many octaves
 _SPREAD = 1.0
+_BLOCK = 8  # channels that kernels work on together
 _BOTH_FORMS = 4  # rungs of the ladder that are tried in two ways of writing weights
 _BITS = (4, 3)  # of an index into a codebook
+_WHOLE, _NARROW = 8, 4  # bits of an integer weight; it is computed with as 8 either way
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,13 @@ class Droppable:
 
 @dataclass(frozen=True)
 class Space:
-    """Structured pruning of every group, residual branches that go, then int8, codebooks or neither.
+    """Structured pruning of every group, residual branches that go, then integers, codebooks or neither.
 
-    The share of group ``g`` that is kept is ``2**(offset_g - thin / 4)``, cut to the range that leaves
-    at least one unit: one number says how small the network becomes, and one for each group
-    says where. The saliency that ranks the units is a choice too. Of the branches, the first ``branches`` go.
+    The share of group ``g`` that is kept is ``2**(offset_g - thin / 4)``, cut to the range that leaves at least one
+    unit: one number says how small the network becomes, and one for each group says where. Of groups of 16 units and
+    more, multiples of 8 are kept, or 4: kernels work on blocks, and a network with convolutions of 15 channels took
+    twice as long as with 16 (float, AVX2). The saliency that ranks the units is a choice too. Of the branches, the
+    first ``branches`` go.
 
     Args:
         groups: name and size of every group that may be pruned.
@@ -53,6 +57,8 @@ class Space:
             gains nothing.
         branches: those that may go, the most dispensable first.
         codebooks: whether weights may become indices into codebooks, which saves size only.
+        widths: bits of the weights that integers may be tried with; fewer than 8 save size only.
+        free: groups of which any number may be kept, as of attention heads.
         thinnest: largest ``thin``; 20 keeps one unit of 32.
 
     Example:
@@ -67,6 +73,8 @@ class Space:
     int8: Mapping[str, Any] | None
     branches: tuple[Droppable, ...] = ()
     codebooks: bool = False
+    widths: tuple[int, ...] = (8,)
+    free: frozenset[str] = frozenset()
     thinnest: int = 20
 
     def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
@@ -81,12 +89,14 @@ class Space:
             found["branches"] = optuna.distributions.IntDistribution(0, len(self.branches))
         if self.int8 is not None:
             found["int8"] = optuna.distributions.CategoricalDistribution([True, False])
+            if len(self.widths) > 1:
+                found["bits"] = optuna.distributions.CategoricalDistribution(self.widths)
         if self.codebooks:
             found["codebooks"] = optuna.distributions.CategoricalDistribution([0, *_BITS])
         return found
 
     def search_space(self) -> SearchSpace:
-        """The same with its conditions: what lies in a branch that goes, and codebooks of integers, do not count."""
+        """The same with its conditions: what lies in a branch that goes, and bits of other forms, do not count."""
         active: dict[str, Callable[[Mapping[str, Any]], bool]] = {}
         known = {name for name, _ in self.groups}
         for rank, branch in enumerate(self.branches):
@@ -94,6 +104,8 @@ class Space:
                 active[f"offset/{name}"] = _Reaches("branches", rank)
         if self.codebooks and self.int8 is not None:
             active["codebooks"] = _is_float
+        if self.int8 is not None and len(self.widths) > 1:
+            active["bits"] = _is_integer
         return SearchSpace(self.distributions(), active=active)
 
     def steps(self, values: Mapping[str, Any]) -> tuple[Step, ...]:
@@ -103,7 +115,7 @@ class Space:
         ratios = {}
         for name, size in self.groups:
             share = 2.0 ** (values.get(f"offset/{name}", 0.0) - _LEVEL * values.get("thin", 0))
-            removed = size - min(size, max(1, round(share * size)))
+            removed = size - (_whole(share * size, size) if name in self.free else _blocks(share * size, size))
             if removed and name not in lost:
                 ratios[name] = removed / size
         found = []
@@ -113,14 +125,19 @@ class Space:
         if gone:
             found.append(Step("netwright.compress:PruneBranches", {"drop": [branch.name for branch in gone]}))
         if self.int8 is not None and values.get("int8", False):
-            found.append(Step("netwright.compress:Int8", dict(self.int8)))
+            bits = values.get("bits", self.widths[0])
+            narrow = {} if bits == _WHOLE else {"weight_bits": bits}
+            found.append(Step("netwright.compress:Int8", {**self.int8, **narrow}))
         elif self.codebooks and values.get("codebooks", 0):
             found.append(Step("netwright.compress:Codebooks", {"bits": values["codebooks"], "groups": 1}))
         return tuple(found)
 
-    def ladder(self) -> Sequence[dict[str, Any]]:
-        """Proposals to begin with: uniformly thinner and shallower, from the middle outwards, and the whole network."""
-        forms = self._forms()
+    def ladder(self, form: int = 0) -> Sequence[dict[str, Any]]:
+        """Proposals to begin with: uniformly thinner and shallower, from the middle outwards, and the whole network.
+
+        The first rungs are tried in two forms or all, the others in that of number ``form`` among :meth:`forms`.
+        """
+        forms = self.forms()
         if not self.groups and not self.branches:
             return forms[:-1] if len(forms) > 1 else forms
         neutral: dict[str, Any] = {}
@@ -134,17 +151,21 @@ class Space:
             possible = level <= self.thinnest and (bool(self.branches) or not depth)
             if possible and rung not in rungs and (self.groups or rung["branches"]):
                 rungs.append(rung)
-        found = []
+        found: dict[str, dict[str, Any]] = {}  # by what is done: two levels may keep as many blocks
         for number, rung in enumerate(rungs):
-            count = len(forms) if number == 0 else 2 if number < _BOTH_FORMS else 1
-            found += [{**rung, **neutral, **form} for form in forms[:count]]
-        return found
+            count = len(forms) if number == 0 else 2
+            for way in forms[:count] if number < _BOTH_FORMS else [forms[form]]:
+                values = {**rung, **neutral, **way}
+                found.setdefault(key(self.steps(values)), values)
+        return list(found.values())
 
-    def _forms(self) -> list[dict[str, Any]]:
+    def forms(self) -> list[dict[str, Any]]:
         """Ways to write the weights, the most promising first, floats last."""
         none = {"codebooks": 0} if self.codebooks else {}
-        floats = {} if self.int8 is None else {"int8": False}
-        forms = [] if self.int8 is None else [{"int8": True, **none}]
+        choice = self.int8 is not None and len(self.widths) > 1
+        bits = [{"bits": width} for width in self.widths] if choice else [{}]
+        floats = {} if self.int8 is None else {"int8": False, **bits[0]}
+        forms = [] if self.int8 is None else [{"int8": True, **width, **none} for width in bits]
         if self.codebooks:
             forms.append({**floats, "codebooks": _BITS[0]})
         return [*forms, {**floats, **none}]
@@ -152,7 +173,30 @@ class Space:
     def size(self) -> float:
         """Base-10 logarithm of the number of different proposals, ratios counted in whole units."""
         count = sum(math.log10(max(size, 1)) for _, size in self.groups) + (math.log10(2) if self.groups else 0.0)
-        return count + math.log10(len(self.branches) + 1) + math.log10(len(self._forms()) + self.codebooks)
+        return count + math.log10(len(self.branches) + 1) + math.log10(len(self.forms()) + self.codebooks)
+
+
+def weight_bits(steps: Sequence[str], sized: bool) -> tuple[int, ...]:
+    """Bits of integer weights that a run tries: fewer than 8 where a target speaks of size.
+
+    Example:
+        >>> weight_bits(("prune", "int8", "int4"), sized=True), weight_bits(("int4",), sized=False)
+        ((8, 4), ())
+    """
+    whole = (_WHOLE,) if "int8" in steps else ()
+    return (*whole, _NARROW) if "int4" in steps and sized else whole
+
+
+def _whole(wanted: float, size: int) -> int:
+    return min(size, max(1, round(wanted)))
+
+
+def _blocks(wanted: float, size: int) -> int:
+    """The nearest number of units that fills blocks, half a block being the smallest."""
+    for block in (_BLOCK, _BLOCK // 2):
+        if size >= 2 * _BLOCK and wanted >= 0.75 * block:
+            return min(size, block * round(wanted / block))
+    return _whole(wanted, size)
 
 
 @dataclass(frozen=True)
@@ -164,6 +208,10 @@ class _Reaches:
 
     def __call__(self, values: Mapping[str, Any]) -> bool:
         return bool(values.get(self.name, 0) <= self.most)
+
+
+def _is_integer(values: Mapping[str, Any]) -> bool:
+    return bool(values.get("int8", False))
 
 
 def _is_float(values: Mapping[str, Any]) -> bool:

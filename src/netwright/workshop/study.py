@@ -5,9 +5,11 @@ with it. The Optuna study (``study.journal``, for its dashboard and its samplers
 whenever a run resumes, so that a study left torn by a crash can lose nothing.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ _JOURNAL = "study.journal"
 _POPULATION = 16
 _START, _BATCH = 12, 4  # evaluations before the first predictors, and between two fits of them
 _FLOOR = "score"  # name of the constraint: how far the score lies below what must be kept
+_TINY = 1e-12  # the least share of a cost
 _TRIES = 3  # proposals of the sampler that only repeat what is known before it is helped
 _RANDOM = 200  # random ones that do so before the space counts as used up
 
@@ -95,13 +98,15 @@ class Study:
         self._rng = np.random.default_rng([seed, len(lines)])
         self._study = self._open(run.path / _JOURNAL, self._sampler(sampler, seed + len(lines)))
         self._study.add_trials([self._frozen(line) for line in lines])
-        first = {key(space.steps(params)): params for params in reversed(space.ladder())}
-        for steps, params in reversed(first.items()):
-            if steps not in self._known:
-                self._study.enqueue_trial(params)
 
     def ask(self) -> Proposal | None:
-        """The next candidate, one that was not proposed before; None when the sampler finds no other."""
+        """The next candidate, one that was not proposed before; None when the sampler finds no other.
+
+        The ladder comes first, its later rungs in the form that the earlier ones show to be cheapest.
+        """
+        for params in self._space.ladder(self._form()):
+            if self._is_new(self._space.steps(params)):
+                return self._given(params)
         for _ in range(_TRIES):
             trial = self._study.ask(self._space.distributions())
             steps = self._space.steps(trial.params)
@@ -112,10 +117,27 @@ class Study:
         for _ in range(_RANDOM):
             params = space.sample(self._rng)
             if self._is_new(self._space.steps(params)):
-                self._study.enqueue_trial(params)
-                trial = self._study.ask(self._space.distributions())
-                return self._proposal(trial, self._space.steps(trial.params))
+                return self._given(params)
         return None
+
+    def _form(self) -> int:
+        """Which way of writing weights cost least, next to the first one, where both were tried on the same network."""
+        forms = self._space.forms()
+        costs: dict[str, dict[int, float]] = {}
+        for entry in self.entries:
+            used = [number for number, form in enumerate(forms) if form.items() <= entry.params.items()]
+            if entry.point is not None and used:
+                network = {name: value for name, value in entry.params.items() if name not in forms[0]}
+                shares = ratios(entry.point, self._baseline)
+                cost = math.fsum(math.log(max(shares[metric], _TINY)) for metric in self._metrics)
+                costs.setdefault(repr(sorted(network.items())), {})[used[0]] = cost
+        gaps = [[cost[n] - cost[0] for cost in costs.values() if n in cost and 0 in cost] for n in range(len(forms))]
+        return min(range(len(forms)), key=lambda number: fmean(gaps[number]) if gaps[number] else float(number > 0))
+
+    def _given(self, params: Mapping[str, Any]) -> Proposal:
+        self._study.enqueue_trial(dict(params))
+        trial = self._study.ask(self._space.distributions())
+        return self._proposal(trial, self._space.steps(trial.params))
 
     def _is_new(self, steps: Sequence[Step]) -> bool:
         return bool(steps) and key(steps) not in self._known

@@ -1,0 +1,72 @@
+"""Least squares with a ridge around given weights, and its exact solution on a support; no p by p matrix is formed."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = ["LeastSquares", "fit_and_inverse", "refit"]
+
+_WIDTH = 2048  # columns held in float64 at a time
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    r"""The function :math:`f(w) = \frac1{2n} \lVert Xw - t \rVert^2 + \frac\lambda2 \lVert w - \bar w \rVert^2`.
+
+    Args:
+        rows: :math:`X`, ``(n, p)``.
+        target: :math:`t`, ``(n,)``.
+        anchor: :math:`\bar w`, ``(p,)``.
+        ridge: :math:`\lambda > 0`.
+        scale: :math:`d`, ``(p,)`` above 0: entries are compared, and steps are taken, as entries of :math:`d \odot w`.
+    """
+
+    rows: Tensor
+    target: Tensor
+    anchor: Tensor
+    ridge: float
+    scale: Tensor
+
+    def value(self, w: Tensor) -> float:
+        """The objective."""
+        fit = (self.rows @ w - self.target).double().square().sum() / (2 * len(self.target))
+        return float(fit + self.ridge / 2 * (w - self.anchor).double().square().sum())
+
+    def gradient(self, w: Tensor) -> Tensor:
+        """The gradient, ``(p,)``: two products with the rows."""
+        residual = self.rows @ w - self.target
+        return self.rows.mT @ (residual / len(residual)) + self.ridge * (w - self.anchor)
+
+    def curvature(self, direction: Tensor) -> float:
+        """The second derivative along ``direction``."""
+        along = (self.rows @ direction).double().square().sum() / len(self.target)
+        return float(along + self.ridge * direction.double().square().sum())
+
+    def columns(self, index: Tensor) -> "LeastSquares":
+        """The function of the entries ``index`` alone, all others being zero; it lacks a constant."""
+        return replace(self, rows=self.rows[:, index], anchor=self.anchor[index], scale=self.scale[index])
+
+
+def refit(problem: LeastSquares, index: Tensor) -> Tensor:
+    r"""The minimizer among vectors that are zero outside ``index``, as ``(len(index),)``."""
+    return fit_and_inverse(problem, index)[0]
+
+
+def fit_and_inverse(problem: LeastSquares, index: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The minimizer among vectors that are zero outside ``index``, and the ``(n, n)`` matrix C in float64 it needs.
+
+    .. math:: w_S = \bar w_S + X_S^\top C (t - X_S \bar w_S), \qquad C = (n \lambda I + X_S X_S^\top)^{-1}
+    """
+    anchor = problem.anchor[index]
+    right = problem.target.double()
+    gram = torch.zeros(len(right), len(right), dtype=torch.float64, device=right.device)
+    for part, values in zip(torch.split(index, _WIDTH), torch.split(anchor, _WIDTH), strict=True):
+        columns = problem.rows[:, part].double()
+        gram.addmm_(columns, columns.mT)
+        right = right - columns @ values.double()
+    gram.diagonal().add_(problem.ridge * len(right))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    weights = inverse @ right
+    step = torch.cat([problem.rows[:, part].double().mT @ weights for part in torch.split(index, _WIDTH)])
+    return anchor + step.to(anchor), inverse
