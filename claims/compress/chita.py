@@ -62,7 +62,8 @@ def greedy(model: nn.Module, task: Task, method: CHITA, seed: int, together: int
     cut = copy.deepcopy(model)
     weights = FlatWeights(cut)
     for stage, count in enumerate(method.counts(weights.size)):
-        weights.write(surgery(method.regression(cut, weights, task, seed + stage), count, together))
+        problem = method.regression(cut, weights, task, seed + stage)
+        weights.write(problem.weights(surgery(problem, count, together)))
     return cut, time.process_time() - start
 
 

@@ -20,6 +20,10 @@ CLAIM = (
 )
 BETTER = "lower"
 SEEDS = 10
+WHY = (
+    "The loss is a ninth lower on average over seeds 40 to 49 (0.0154 and 0.0174), but the interval reaches from 28% "
+    "lower to 6% higher; on four seeds of development it had been a quarter lower."
+)
 
 Make = Callable[..., Optimizer]
 METHODS: dict[str, tuple[Make, tuple[float, ...]]] = {

@@ -16,9 +16,9 @@ _FITTED = 1e-4  # share of the gradient inside the support below which the suppo
 
 
 def hard_threshold_step(problem: LeastSquares, w: Tensor, count: int, value: float) -> tuple[Tensor, float]:
-    r"""One step :math:`w \leftarrow P_k(w - \tau D^{-2} \nabla f(w))`.
+    r"""One step :math:`w \leftarrow P_k(w - \tau \nabla f(w))`.
 
-    :math:`P_k` keeps the k largest of :math:`|d \odot w|`.
+    :math:`P_k` keeps the k largest of :math:`|w|`.
     While the support stays, :math:`f` is a parabola in :math:`\tau`, whose lowest point is taken. Where the support
     changes before that, :math:`\tau` is doubled while the objective falls, or halved until it does.
 
@@ -31,8 +31,7 @@ def hard_threshold_step(problem: LeastSquares, w: Tensor, count: int, value: flo
     Returns:
         The next point and its objective, which is never above ``value``.
     """
-    scale = problem.scale
-    gradient = problem.gradient(w) / scale  # of the function of scale * w
+    gradient = problem.gradient(w)
     support = w != 0
     along, within = gradient, int(support.sum()) >= count
     if within:
@@ -41,15 +40,15 @@ def hard_threshold_step(problem: LeastSquares, w: Tensor, count: int, value: flo
         along = inside if within else gradient
     if not bool(along.any()):
         return w, value
-    rate = float(along.double().square().sum()) / problem.curvature(along / scale)
-    if within and rate <= _first_change(w * scale, gradient, support):
-        moved = w - rate * along / scale
+    rate = float(along.double().square().sum()) / problem.curvature(along)
+    if within and rate <= _first_change(w, gradient, support):
+        moved = w - rate * along
         found = problem.value(moved)
         return (moved, found) if found < value else (w, value)
 
     def moved_by(tau: float) -> tuple[Tensor, float]:
-        trial = w - tau * gradient / scale
-        trial = trial * largest((trial * scale).abs(), count)
+        trial = w - tau * gradient
+        trial = trial * largest(trial.abs(), count)
         return trial, problem.value(trial)
 
     best, low = moved_by(rate)
@@ -129,8 +128,8 @@ def _fitted(problem: LeastSquares, w: Tensor, value: float) -> tuple[Tensor, flo
 def _active_set(problem: LeastSquares, w: Tensor, count: int) -> Tensor:
     """Indices of the support and of what a step on all entries would make largest."""
     size = min(len(w), int(_ACTIVE * count) + 1)
-    gradient = problem.gradient(w) / problem.scale
+    gradient = problem.gradient(w)
     square = float(gradient.double().square().sum())
-    rate = square / problem.curvature(gradient / problem.scale) if square > 0 else 0.0
-    reach = torch.where(w != 0, torch.inf, (w * problem.scale - rate * gradient).abs())
+    rate = square / problem.curvature(gradient) if square > 0 else 0.0
+    reach = torch.where(w != 0, torch.inf, (w - rate * gradient).abs())
     return largest(reach, size).nonzero().flatten()

@@ -19,7 +19,7 @@ class LeastSquares:
         target: :math:`t`, ``(n,)``.
         anchor: :math:`\bar w`, ``(p,)``.
         ridge: :math:`\lambda > 0`.
-        scale: :math:`d`, ``(p,)`` above 0: entries are compared, and steps are taken, as entries of :math:`d \odot w`.
+        scale: ``(p,)`` above 0, which weights were multiplied by to give the entries of :math:`w`.
     """
 
     rows: Tensor
@@ -27,6 +27,10 @@ class LeastSquares:
     anchor: Tensor
     ridge: float
     scale: Tensor
+
+    def weights(self, w: Tensor) -> Tensor:
+        """The weights that ``w`` stands for."""
+        return w / self.scale
 
     def value(self, w: Tensor) -> float:
         """The objective."""

@@ -84,7 +84,7 @@ class StagedPruning:
             with isolated(seed + stage):
                 problem = self.regression(result, weights, task, seed + stage)
             report((stage + 0.5) / len(counts), f"stage {stage + 1} of {len(counts)}: {count} weights stay")
-            weights.write(solve(problem, problem.anchor, count, stage == len(counts) - 1))
+            weights.write(problem.weights(solve(problem, problem.anchor, count, stage == len(counts) - 1)))
         report(1.0, f"{self.ratio:.4g} of {weights.size} weights are zero")
         return result
 
@@ -109,6 +109,10 @@ class StagedPruning:
             )
         anchor = weights.read()
         shift = 1 / min(self.batch_size, len(task.data.train)) if self.first_order else 0.0
-        ridge = self.ridge * square
-        scale = (squares + ridge).sqrt() if self.scaled else torch.ones_like(anchor)
-        return LeastSquares(rows, rows @ anchor - shift, anchor, ridge, scale)
+        target = rows @ anchor - shift
+        if not self.scaled:
+            return LeastSquares(rows, target, anchor, self.ridge * square, torch.ones_like(anchor))
+        scale = (squares + self.ridge * square).sqrt()
+        rows /= scale
+        ridge = self.ridge * float((squares / scale.square()).mean())
+        return LeastSquares(rows, target, anchor * scale, ridge, scale)

@@ -38,11 +38,11 @@ class SWAP(StagedPruning):
     :math:`a` and :math:`Xw` becomes the cost of transport between their entries, blurred by entropy:
 
     .. math:: \min_{w,\ \Pi \ge 0} \frac12 \sum_{ij} \Pi_{ij} (a_i - x_j^\top w)^2 + \frac\varepsilon2 \sum_{ij}
-              \Pi_{ij} \log \Pi_{ij} + \frac\lambda2 \lVert w - \bar w \rVert^2 \quad\text{s.t.}\quad
+              \Pi_{ij} \log \Pi_{ij} + \frac\lambda2 \lVert D (w - \bar w) \rVert^2 \quad\text{s.t.}\quad
               \Pi 1 = \Pi^\top 1 = \tfrac1n 1,\quad \lVert w \rVert_0 \le k
 
     For fixed :math:`w` the plan :math:`\Pi` is found by Sinkhorn's scaling; for fixed :math:`\Pi` the gradient in
-    :math:`w` is :math:`X^\top (\tfrac1n X w - \Pi^\top a) + \lambda (w - \bar w)`, that of CHITA with the target
+    :math:`w` is :math:`X^\top (\tfrac1n X w - \Pi^\top a) + \lambda D^2 (w - \bar w)`, that of CHITA with the target
     :math:`n \Pi^\top a`: every target is a mean of neighbours, in which noise averages out. Both alternate
     ``alternations`` times, from the solution of CHITA, where :math:`\Pi = I/n`.
 
@@ -58,7 +58,7 @@ class SWAP(StagedPruning):
         batch_size: items in each gradient, :math:`m`.
         ridge: :math:`\lambda` in multiples of the mean square of an entry of :math:`X`.
         first_order: whether the loss may have a slope at :math:`\bar w`.
-        scaled: whether weights are compared by what they matter (see CHITA), or as they are.
+        scaled: whether weights are compared, and held, by what they matter (see CHITA), or as they are.
         noise: standard deviation of normal noise added to the gradients, in multiples of their root mean square.
         exclude: names of parameters or modules whose weights stay as they are.
         eps: :math:`\varepsilon` in multiples of the variance of the entries of :math:`a`.
@@ -119,9 +119,7 @@ class SWAP(StagedPruning):
         return self.prune(model, task, seed, progress, self._solve)
 
     def _solve(self, problem: LeastSquares, start: Tensor, count: int, last: bool) -> Tensor:
-        if self.alternations == 0 and not last:
-            return eliminate(problem, start, count)  # as CHITA
-        w = solve_sparse(problem, start, count)
+        w = eliminate(problem, start, count)
         spread = float(problem.target.double().var(correction=0))
         for _ in range(self.alternations if spread > 0 else 0):
             plan = sinkhorn_plan(problem.target, problem.rows @ w, self.eps * spread)
