@@ -89,8 +89,8 @@ class CHITA(StagedPruning):
 
     Differs: the paper solves by hard thresholding alone, from the largest weights; here weights go as Optimal Brain
         Surgeon has it, many at a time, which keeps three points more at 2% of the weights of a small network and as
-        much at 10%. Every support is fitted exactly, where the paper has coordinate descent or a single fit at the end. The
-        scaling :math:`D` is ours too, and holds what the gradients do not see; ``scaled=False`` is the paper's. Its
+        much at 10%. Every support is fitted exactly, where the paper has coordinate descent or a single fit at the end.
+        The scaling :math:`D` is ours too, and holds what the gradients do not see; ``scaled=False`` is the paper's. Its
         variant for blocks of the Hessian is left out: the rows themselves, n words for each weight, are then what takes
         memory. The ridge is relative to the gradients, so that one setting serves many networks; the paper's is
         absolute and searched for. A step that would raise the objective is halved.
