@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from netwright.compress import Prune
 from netwright.core.errors import TargetError
 from netwright.workshop.point import key
-from netwright.workshop.space import STEPS, Droppable, Space, parse_steps, weight_bits
+from netwright.workshop.space import STEPS, Droppable, Space, check_steps, parse_steps, weight_bits
 
 GROUPS = st.lists(st.integers(1, 200), min_size=1, max_size=5).map(
     lambda sizes: tuple((f"layer{number}", size) for number, size in enumerate(sizes))
@@ -116,6 +116,13 @@ def test_steps_are_named_in_any_order() -> None:
         parse_steps("prun")
     with pytest.raises(TargetError, match="No step is named"):
         parse_steps([])
+
+
+def test_steps_that_save_size_alone_need_a_target_of_it() -> None:
+    for steps, sized in ((None, False), (("int4", "codebooks"), True), (("int8", "int4"), False)):
+        check_steps(steps, sized)
+    with pytest.raises(TargetError, match="int4 and codebooks save size only, and no target speaks of it"):
+        check_steps(("int4", "codebooks"), False)
 
 
 BRANCHES = (Droppable("second", ("b",)), Droppable("first", ("a",)))

@@ -17,6 +17,7 @@ from netwright.workshop.finish import RESULT
 from netwright.workshop.job import Job
 from netwright.workshop.plan import prunable
 from netwright.workshop.session import Session
+from netwright.workshop.space import check_steps
 
 __all__ = ["prepare", "run_job"]
 
@@ -27,6 +28,7 @@ def prepare(job: Job) -> tuple[Task, Graph]:
     Raises:
         NetwrightError: what the user can mend.
     """
+    check_steps(job.steps, any(limit.metric == "size" for limit in job.limits))
     task = load_task(job.task) if isinstance(job.task, str) else job.task
     check_task(task)
     model = task.build(job.seed)

@@ -11,11 +11,12 @@ from netwright.core.errors import TargetError
 from netwright.search import SearchSpace
 from netwright.workshop.point import Step, key
 
-__all__ = ["STEPS", "Droppable", "Space", "parse_steps", "weight_bits"]
+__all__ = ["STEPS", "Droppable", "Space", "check_steps", "parse_steps", "weight_bits"]
 
 STEPS = ("prune", "branches", "int8", "int4", "codebooks")
 """What ``optimize`` may do to a network, in the order in which it is done."""
 
+_SIZE_ONLY = ("int4", "codebooks")  # steps
 _LADDER = (
     *((8, 0.0), (12, 0.0), (4, 1.0), (4, 0.0)),
     *((8, 0.5), (4, 0.5), (16, 0.0), (0, 0.0), (14, 0.0)),
@@ -197,6 +198,19 @@ def _blocks(wanted: float, size: int) -> int:
         if size >= 2 * _BLOCK and wanted >= 0.75 * block:
             return min(size, block * round(wanted / block))
     return _whole(wanted, size)
+
+
+def check_steps(steps: Sequence[str] | None, sized: bool) -> None:
+    """Steps of which at least one does something for the targets; None stands for all.
+
+    Raises:
+        TargetError: only steps that save nothing but size, and no target that speaks of it.
+    """
+    if steps is not None and not sized and all(name in _SIZE_ONLY for name in steps):
+        raise TargetError(
+            f"{' and '.join(steps)} save size only, and no target speaks of it. Add one, as size<=0.1x, or name other "
+            "steps too."
+        )
 
 
 @dataclass(frozen=True)
