@@ -34,6 +34,7 @@ SPACES = {
 }
 WAYS = {
     "prune,int8": ["--steps", "prune,int8"],
+    "prune,branches,int8": ["--steps", "prune,branches,int8"],
     "all steps": [],
     "all steps, nsga2": ["--sampler", "nsga2"],
 }
@@ -69,18 +70,20 @@ def optimize(name: str, words: list[str], seed: int) -> dict[str, Any]:
     }
 
 
-def spaces(seed: int, only: list[str]) -> list[dict[str, Any]]:
+def spaces(seed: int, only: list[str], ways: list[str]) -> list[dict[str, Any]]:
     """The same task, target and time with the first steps alone, with all of them, and by another sampler."""
     rows = []
     for name in only:
         target, keep, budget = SPACES[name]
-        for way, words in WAYS.items():
+        for way in ways:
+            words = WAYS[way]
             command = [name.partition(",")[0], "--target", target, "--keep", keep, "--budget", budget, *words]
             found = optimize(
                 f"space-{name}-{way}".replace(", ", "-").replace(",", "-").replace(" ", "-"), command, seed
             )
             kept = ("latency", "size", "test_drop", "evaluations", "failed", "wall_s")
-            rows.append({"task": name, "way": way, "seed": seed, **{key: found[key] for key in kept}})
+            sets = " ".join(machine()["isa"])
+            rows.append({"task": name, "way": way, "seed": seed, **{key: found[key] for key in kept}, "isa": sets})
     return rows
 
 
@@ -168,6 +171,10 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
         "pretrained": "Trained networks from packages, rounded to 8 bits: agreement with float on unseen inputs",
     }
     lines = ["# Results", "", "Written by `make bench`. Ratios are to the baseline, measured in one process.", ""]
+    lines += [
+        "This machine ran the latest part; rows of another name its instruction sets (isa) where they are known.",
+        "",
+    ]
     lines += [f"- {name}: {value}" for name, value in machine().items()] + [""]
     for name, title in titles.items():
         if results.get(name):
@@ -189,6 +196,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--spaces", choices=list(SPACES), nargs="*", default=list(SPACES))
+    parser.add_argument("--ways", choices=list(WAYS), nargs="*", default=list(WAYS))
     options = parser.parse_args()
     stored = HERE / "results.json"
     results: dict[str, list[dict[str, Any]]] = json.loads(stored.read_text()) if stored.exists() else {}
@@ -205,7 +213,7 @@ def main() -> None:
             continue
         if name == "spaces":
             for seed in options.seeds:
-                made = spaces(seed, options.spaces)
+                made = spaces(seed, options.spaces, options.ways)
                 known = {(row["task"], row["way"], row["seed"]) for row in made}
                 old = [row for row in results.get(name, []) if (row["task"], row["way"], row["seed"]) not in known]
                 results[name] = sorted([*old, *made], key=lambda row: (row["task"], row["way"], row["seed"]))
