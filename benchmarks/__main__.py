@@ -172,7 +172,7 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
     }
     lines = ["# Results", "", "Written by `make bench`. Ratios are to the baseline, measured in one process.", ""]
     lines += [
-        "This machine ran the latest part; rows of another name its instruction sets (isa) where they are known.",
+        "The machine of the latest part; rows of another name its instruction sets (isa) where these are known.",
         "",
     ]
     lines += [f"- {name}: {value}" for name, value in machine().items()] + [""]
