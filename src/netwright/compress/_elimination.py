@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from netwright.compress._least_squares import LeastSquares, fit_and_inverse
+from netwright.compress._least_squares import LeastSquares, fit_and_inverse, products
 
 __all__ = ["eliminate", "fit_and_costs"]
 
@@ -11,7 +11,7 @@ _WIDTH = 8192  # columns worked on at a time
 _TINY = 1e-12
 
 
-def fit_and_costs(problem: LeastSquares, index: Tensor) -> tuple[Tensor, Tensor]:
+def fit_and_costs(problem: LeastSquares, index: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""The minimizer among vectors that are zero outside ``index``, and what its entries cost, ``(len(index),)`` each.
 
     Where entry i of the minimizer w becomes zero and all others adapt, the objective rises by
@@ -19,9 +19,9 @@ def fit_and_costs(problem: LeastSquares, index: Tensor) -> tuple[Tensor, Tensor]
     .. math:: c_i = \frac{w_i^2}{2 [H^{-1}]_{ii}}, \qquad
               [H^{-1}]_{ii} = \frac1\lambda \Big(1 - x_i^\top (n \lambda I + X X^\top)^{-1} x_i\Big)
 
-    with :math:`H = X^\top X / n + \lambda I` of the columns ``index``.
+    with :math:`H = X^\top X / n + \lambda I` of the columns ``index``, whose products may be ``known``.
     """
-    fit, inverse = fit_and_inverse(problem, index)
+    fit, inverse = fit_and_inverse(problem, index, known)
     leverage = []
     for part in torch.split(index, _WIDTH):
         columns = problem.rows[:, part]
@@ -38,11 +38,15 @@ def eliminate(problem: LeastSquares, start: Tensor, count: int, *, cuts: int = 2
     Cost: for each cut ``O(n**2 s + n**3)`` time with ``s`` entries left, and ``O(n**2 + s)`` memory.
     """
     index = start.nonzero().flatten()
+    known = products(problem, index)
     for left in range(cuts, 0, -1):
         if len(index) > count:
             keep = round(len(index) * (count / len(index)) ** (1 / left))
-            _, costs = fit_and_costs(problem, index)
-            index = index[torch.topk(costs, keep, sorted=False).indices.sort().values]
+            _, costs = fit_and_costs(problem, index, known)
+            stays = torch.zeros(len(index), dtype=torch.bool, device=index.device)
+            stays[torch.topk(costs, keep, sorted=False).indices] = True
+            gone, index = index[~stays], index[stays]
+            known = known - products(problem, gone) if len(gone) < len(index) else products(problem, index)
     found = torch.zeros_like(start)
-    found[index] = fit_and_inverse(problem, index)[0]
+    found[index] = fit_and_inverse(problem, index, known)[0]
     return found

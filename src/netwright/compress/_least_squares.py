@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["LeastSquares", "fit_and_inverse", "refit"]
+__all__ = ["LeastSquares", "fit_and_inverse", "products", "refit"]
 
 _WIDTH = 2048  # columns held in float64 at a time
 
@@ -57,20 +57,43 @@ def refit(problem: LeastSquares, index: Tensor) -> Tensor:
     return fit_and_inverse(problem, index)[0]
 
 
-def fit_and_inverse(problem: LeastSquares, index: Tensor) -> tuple[Tensor, Tensor]:
+def products(problem: LeastSquares, index: Tensor) -> Tensor:
+    """``X X^T`` of the columns ``index``, ``(n, n)`` in float64."""
+    size = len(problem.target)
+    found = torch.zeros(size, size, dtype=torch.float64, device=problem.target.device)
+    for part in torch.split(index, _WIDTH):
+        columns = problem.rows[:, part].double()
+        found.addmm_(columns, columns.mT)
+    return found
+
+
+def fit_and_inverse(problem: LeastSquares, index: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""The minimizer among vectors that are zero outside ``index``, and the ``(n, n)`` matrix C in float64 it needs.
 
     .. math:: w_S = \bar w_S + X_S^\top C (t - X_S \bar w_S), \qquad C = (n \lambda I + X_S X_S^\top)^{-1}
+
+    ``known`` is what :func:`products` returns for ``index``, where that is at hand.
     """
     anchor = problem.anchor[index]
-    right = problem.target.double()
-    gram = torch.zeros(len(right), len(right), dtype=torch.float64, device=right.device)
-    for part, values in zip(torch.split(index, _WIDTH), torch.split(anchor, _WIDTH), strict=True):
-        columns = problem.rows[:, part].double()
-        gram.addmm_(columns, columns.mT)
-        right = right - columns @ values.double()
+    right = problem.target.double() - _reach(problem, index, anchor)
+    gram = products(problem, index) if known is None else known.clone()
     gram.diagonal().add_(problem.ridge * len(right))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    weights = inverse @ right
-    step = torch.cat([problem.rows[:, part].double().mT @ weights for part in torch.split(index, _WIDTH)])
-    return anchor + step.to(anchor), inverse
+    weights = (inverse @ right).to(problem.rows)
+    if _most(problem, index):
+        return anchor + (problem.rows.mT @ weights)[index], inverse
+    step = torch.cat([problem.rows[:, part].mT @ weights for part in torch.split(index, _WIDTH)])
+    return anchor + step, inverse
+
+
+def _most(problem: LeastSquares, index: Tensor) -> bool:
+    """Whether it is faster to read all columns in order than those of ``index`` alone."""
+    return 4 * len(index) > problem.rows.shape[1]
+
+
+def _reach(problem: LeastSquares, index: Tensor, values: Tensor) -> Tensor:
+    """``X w`` in float64 of the vector that has ``values`` at ``index``."""
+    if _most(problem, index):
+        return (problem.rows @ torch.zeros_like(problem.anchor).index_copy(0, index, values)).double()
+    pairs = zip(torch.split(index, _WIDTH), torch.split(values, _WIDTH), strict=True)
+    return sum(((problem.rows[:, part] @ value).double() for part, value in pairs), start=torch.zeros(()).double())
