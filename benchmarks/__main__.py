@@ -172,7 +172,7 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
     }
     lines = ["# Results", "", "Written by `make bench`. Ratios are to the baseline, measured in one process.", ""]
     lines += [
-        "The machine of the latest part; rows of another name its instruction sets (isa) where these are known.",
+        "This machine ran the latest part. Other rows may come from another one; some name its instruction sets (isa).",
         "",
     ]
     lines += [f"- {name}: {value}" for name, value in machine().items()] + [""]
