@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from netwright.compress import Prune
 from netwright.core.errors import TargetError
+from netwright.workshop.plan import space_of
 from netwright.workshop.point import key
 from netwright.workshop.space import STEPS, Droppable, Space, check_steps, parse_steps, weight_bits
 
@@ -123,6 +125,15 @@ def test_steps_that_save_size_alone_need_a_target_of_it() -> None:
         check_steps(steps, sized)
     with pytest.raises(TargetError, match="int4 and codebooks save size only, and no target speaks of it"):
         check_steps(("int4", "codebooks"), False)
+
+
+def test_heads_need_not_fill_blocks_but_channels_do() -> None:
+    """Of 16 heads 11 may stay; of 16 hidden units 8 do."""
+    units = SimpleNamespace(name="mlp", size=16, kind="units")
+    graph = SimpleNamespace(groups=[SimpleNamespace(name="heads", size=16, kind="heads"), units])
+    space = space_of(graph, ("prune",), int8=None, branches=(), codebooks=False, widths=())
+    (step,) = space.steps({"thin": 2})
+    assert step.settings["ratios"] == {"heads": 5 / 16, "mlp": 0.5}
 
 
 BRANCHES = (Droppable("second", ("b",)), Droppable("first", ("a",)))

@@ -5,9 +5,9 @@ from netwright.core.graph.macs import count_parameters, total_macs
 from netwright.core.recipe import Recipe
 from netwright.core.rundir import RunDirectory
 from netwright.workshop.job import Job
-from netwright.workshop.plan import default_workers, prunable
+from netwright.workshop.plan import default_workers, prunable, space_of
 from netwright.workshop.run import prepare
-from netwright.workshop.space import STEPS, Droppable, Space, weight_bits
+from netwright.workshop.space import STEPS, Droppable, weight_bits
 
 __all__ = ["dry_run"]
 
@@ -30,13 +30,13 @@ def dry_run(job: Job, *, resume: bool = False) -> list[str]:
     branches = branch_names(task.build(job.seed), task.example()) if "branches" in steps else []
     sized = any(limit.metric == "size" for limit in job.limits)
     bits = weight_bits(steps, sized)
-    space = Space(
-        groups if "prune" in steps else (),
-        {} if bits else None,
-        tuple(map(Droppable, branches)),
-        "codebooks" in steps and sized,
-        bits,
-        frozenset(group.name for group in graph.groups if group.kind == "heads"),
+    space = space_of(
+        graph,
+        steps,
+        int8={} if bits else None,
+        branches=tuple(map(Droppable, branches)),
+        codebooks="codebooks" in steps and sized,
+        widths=bits,
     )
     recipe = task.recipe or Recipe()
     heads = sum(group.kind == "heads" for group in graph.groups)

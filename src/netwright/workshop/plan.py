@@ -16,7 +16,7 @@ from netwright.workshop.job import Job
 from netwright.workshop.quiet import QuietRoom
 from netwright.workshop.space import STEPS, Droppable, Space, weight_bits
 
-__all__ = ["Plan", "default_workers", "make_plan", "prunable"]
+__all__ = ["Plan", "default_workers", "make_plan", "prunable", "space_of"]
 
 _RECORD = "plan.json"
 _FINAL_SHARE = 0.35  # of the time after the baseline goes into full recovery
@@ -54,6 +54,20 @@ def default_workers() -> int:
 def prunable(graph: Graph) -> tuple[tuple[str, int], ...]:
     """Name and size of every group that has at least two units."""
     return tuple((group.name, group.size) for group in graph.groups if group.size > 1)
+
+
+def space_of(
+    graph: Graph,
+    steps: Sequence[str],
+    *,
+    int8: Mapping[str, Any] | None,
+    branches: tuple[Droppable, ...],
+    codebooks: bool,
+    widths: tuple[int, ...],
+) -> Space:
+    """The space of a network; of attention heads any number may be kept."""
+    heads = frozenset(group.name for group in graph.groups if group.kind == "heads")
+    return Space(prunable(graph) if "prune" in steps else (), int8, branches, codebooks, widths, heads)
 
 
 def make_plan(
@@ -97,13 +111,13 @@ def make_plan(
         _RECORD, "steps", "int8", "int8_table", "workers", "started", "candidate_seconds", "final_seconds"
     )
     return Plan(
-        space=Space(
-            prunable(graph) if "prune" in record["steps"] else (),
-            record["int8"],
-            tuple(Droppable(each["name"], tuple(each["groups"])) for each in record.get("branches", ())),
-            record.get("codebooks", False),
-            tuple(record.get("widths", [8])),
-            frozenset(group.name for group in graph.groups if group.kind == "heads"),
+        space=space_of(
+            graph,
+            record["steps"],
+            int8=record["int8"],
+            branches=tuple(Droppable(each["name"], tuple(each["groups"])) for each in record.get("branches", ())),
+            codebooks=record.get("codebooks", False),
+            widths=tuple(record.get("widths", [8])),
         ),
         workers=job.workers or record["workers"],
         started=record["started"],
