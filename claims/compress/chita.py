@@ -25,8 +25,8 @@ CLAIM = (
 BETTER = "higher"
 SEEDS = 5
 WHY = (
-    "Ahead of a surgeon of eight stages on ten seeds of ten, by 0.5 to 2.4 points, in less than a tenth of its time; one "
-    "of sixteen stages, which takes about fifteen times CHITA's time, was a point ahead on the first seed seen."
+    "Ahead of a surgeon of eight stages on ten seeds of ten, by 0.5 to 2.4 points, in less than a tenth of its time; "
+    "one of sixteen stages, which takes about fifteen times CHITA's time, was a point ahead on the first seed seen."
 )
 RATIO = 0.98
 STAGES = (1, 16)  # of the surgeon
