@@ -145,6 +145,13 @@ def units_left(model: nn.Module, smaller: nn.Module, group: Group) -> int:
     return group.size - (before - after) // place.index.shape[1]
 
 
+def test_every_group_keeps_its_longest() -> None:
+    norms = {"a": torch.tensor([0.1, 0.2, 0.3]), "b": torch.tensor([5.0, 4.0, 3.0])}
+    gone = {count: Goal(None, count).lowest(norms) for count in (3, 1)}
+    assert {name: mask.nonzero().flatten().tolist() for name, mask in gone[3].items()} == {"a": [0, 1], "b": [2]}
+    assert {name: mask.nonzero().flatten().tolist() for name, mask in gone[1].items()} == {"a": [0], "b": []}
+
+
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_scopes_share_the_number_out(scope) -> None:
     """Weights as they are, four units of "0" and four of "2": which units go, and what a step multiplies them by."""

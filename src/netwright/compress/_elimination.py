@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from netwright.compress._least_squares import LeastSquares, fit_and_inverse, products
+from netwright.compress._least_squares import WIDTH, LeastSquares, fit_and_inverse, products
 
 __all__ = ["eliminate", "fit_and_costs"]
 
-_WIDTH = 8192  # columns worked on at a time
 _TINY = 1e-12
 
 
@@ -23,7 +22,7 @@ def fit_and_costs(problem: LeastSquares, index: Tensor, known: Tensor | None = N
     """
     fit, inverse = fit_and_inverse(problem, index, known)
     leverage = []
-    for part in torch.split(index, _WIDTH):
+    for part in torch.split(index, WIDTH):
         columns = problem.rows[:, part]
         leverage.append((columns * (inverse.to(columns) @ columns)).sum(0))
     diagonal = (1 - torch.cat(leverage)).clamp_min(_TINY) / problem.ridge

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["LeastSquares", "fit_and_inverse", "products", "refit"]
+__all__ = ["WIDTH", "LeastSquares", "fit_and_inverse", "products", "refit"]
 
-_WIDTH = 2048  # columns held in float64 at a time
+WIDTH = 1024
+"""Columns that are gathered, or held in float64, at a time."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def products(problem: LeastSquares, index: Tensor) -> Tensor:
     """``X X^T`` of the columns ``index``, ``(n, n)`` in float64."""
     size = len(problem.target)
     found = torch.zeros(size, size, dtype=torch.float64, device=problem.target.device)
-    for part in torch.split(index, _WIDTH):
+    for part in torch.split(index, WIDTH):
         columns = problem.rows[:, part].double()
         found.addmm_(columns, columns.mT)
     return found
@@ -82,7 +83,7 @@ def fit_and_inverse(problem: LeastSquares, index: Tensor, known: Tensor | None =
     weights = (inverse @ right).to(problem.rows)
     if _most(problem, index):
         return anchor + (problem.rows.mT @ weights)[index], inverse
-    step = torch.cat([problem.rows[:, part].mT @ weights for part in torch.split(index, _WIDTH)])
+    step = torch.cat([problem.rows[:, part].mT @ weights for part in torch.split(index, WIDTH)])
     return anchor + step, inverse
 
 
@@ -95,5 +96,5 @@ def _reach(problem: LeastSquares, index: Tensor, values: Tensor) -> Tensor:
     """``X w`` in float64 of the vector that has ``values`` at ``index``."""
     if _most(problem, index):
         return (problem.rows @ torch.zeros_like(problem.anchor).index_copy(0, index, values)).double()
-    pairs = zip(torch.split(index, _WIDTH), torch.split(values, _WIDTH), strict=True)
+    pairs = zip(torch.split(index, WIDTH), torch.split(values, WIDTH), strict=True)
     return sum(((problem.rows[:, part] @ value).double() for part, value in pairs), start=torch.zeros(()).double())

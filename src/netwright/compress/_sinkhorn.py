@@ -41,7 +41,7 @@ def sinkhorn_plan(a: Tensor, b: Tensor, eps: float, *, iterations: int = 1000, t
     for _ in range(iterations):
         left = -rows - torch.logsumexp(kernel + right, 1)
         right = -columns - torch.logsumexp(kernel + left[:, None], 0)
-        plan = (kernel + left[:, None] + right).exp()
+        plan = torch.softmax(kernel + left[:, None], 0) / len(b)  # exp(kernel + left + right), without large duals
         if float((plan.sum(1) * len(a) - 1).abs().max()) <= tolerance:
             break
     return plan
