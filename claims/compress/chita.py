@@ -25,8 +25,8 @@ CLAIM = (
 BETTER = "higher"
 SEEDS = 5
 WHY = (
-    "Ahead of a surgeon of eight stages on ten seeds of ten, by 0.5 to 2.4 points, in less than a tenth of its time; "
-    "one of sixteen stages, which takes about fifteen times CHITA's time, was a point ahead on the first seed seen."
+    "Over seeds 80 to 84 the surgeon with as many stages is ahead each time, by 0.1 to 1.9 points (0.9 on average). "
+    "CHITA was ahead of one with eight stages on ten seeds of ten, by 0.5 to 2.4, in less than a tenth of its time."
 )
 RATIO = 0.98
 STAGES = (1, 16)  # of the surgeon
