@@ -68,6 +68,12 @@ def test_not_a_run(tmp_path: Path, folder: str) -> None:
         read_run(tmp_path / folder)
 
 
+def test_the_folder_of_another_command_says_where_its_report_is(run: Path) -> None:
+    change(run / "run.json", kind="search")
+    with pytest.raises(CorruptRunError, match=r"holds a search, not an optimization.*report\.html"):
+        read_run(run)
+
+
 @pytest.mark.parametrize("name", ["run.json", "result.json"])
 @pytest.mark.parametrize("content", ["", '{"schema": 1, "task": "dig', "[1, 2]", '"text"', b"\xff\xfe\x00"])
 def test_a_damaged_file_is_named_with_its_remedy(run: Path, name: str, content: str | bytes) -> None:

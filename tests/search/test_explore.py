@@ -1,5 +1,6 @@
 """Sub-networks of a task, from training to files, and the command line."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from netwright.cli.app import app
 from netwright.cli.search import search_command
 from netwright.core.data import Data
-from netwright.core.errors import NetwrightError, RunDirectoryError, SettingError
+from netwright.core.errors import NetwrightError, RunDirectoryError, RunLockedError, SettingError
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.search import explore
@@ -83,7 +84,7 @@ def test_from_training_to_files_and_on(tmp_path):
         assert entry.metrics["macs"] == sum(
             layer.weight.numel() for layer in found.net.extract(entry.params) if isinstance(layer, nn.Linear)
         )
-    with pytest.raises(RunDirectoryError, match="is not empty"):
+    with pytest.raises(RunDirectoryError, match="already holds a run"):
         explore(task(), objectives=goals, evaluations=8, out=out)
     lines = (out / "search" / "evaluations.jsonl").read_text()
     more = explore(task(), objectives=goals, evaluations=8, out=out, resume=True)
@@ -94,6 +95,25 @@ def test_from_training_to_files_and_on(tmp_path):
     assert {path.name for path in (out / "front").iterdir()} == {path.name for path in more.front.values()}
     for old, new in zip(found.net.model.parameters(), more.net.model.parameters(), strict=True):
         assert torch.equal(old, new), "the super-network is not trained again"
+
+
+def test_a_folder_has_one_owner_and_one_task(tmp_path):
+    goals, out = ("score", "macs"), tmp_path / "run"
+    refused = []
+
+    def intrude(fraction, what):
+        if not refused:
+            with pytest.raises(RunLockedError, match="another running process"):
+                explore(task(), objectives=goals, evaluations=3, out=out, resume=True)
+            refused.append(what)
+
+    explore(task(), objectives=goals, evaluations=3, epochs=1, out=out, progress=intrude)
+    assert refused == ["tracing"], "the folder is owned from before the training"
+    other = dataclasses.replace(task(), name="another")
+    for _ in range(2):  # a refusal lets go of the folder
+        with pytest.raises(RunDirectoryError, match="task='toy', not 'another'"):
+            explore(other, objectives=goals, evaluations=4, out=out, resume=True)
+    assert len(explore(task(), objectives=goals, evaluations=4, out=out, resume=True).result.evaluations) == 4
 
 
 def test_a_hard_constraint_holds_on_the_front():

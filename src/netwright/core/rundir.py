@@ -15,9 +15,10 @@ from filelock import FileLock, Timeout
 from netwright.core.errors import CorruptRunError, RunDirectoryError, RunLockedError
 from netwright.core.files import atomic_write
 
-__all__ = ["RunDirectory", "read_json", "read_lines", "write_json"]
+__all__ = ["MARK", "RunDirectory", "read_json", "read_lines", "write_json"]
 
 MARK = "run.json"
+"""The file that makes a folder a run; it holds the settings."""
 _LOCK = ".lock"
 
 

@@ -45,8 +45,8 @@ def read_run(path: Path | str) -> Run:
         The run.
 
     Raises:
-        CorruptRunError: no such folder, no ``run.json``, or a ``run.json`` or ``result.json`` that
-            cannot be read; the message names the file and the remedy.
+        CorruptRunError: no such folder, no ``run.json``, a folder of another command, or a ``run.json`` or
+            ``result.json`` that cannot be read; the message names the file and the remedy.
 
     Example:
         >>> read_run("no/such/folder")
@@ -57,9 +57,16 @@ Give the folder that was passed as --out to 'netwright optimize'.
     """
     path = Path(path)
     try:
-        settings = _settings(load_object(path / "run.json", _RESUME))
+        stored = load_object(path / "run.json", _RESUME)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptRunError(f"{path} is not a run directory: there is no run.json in it. {_NOT_A_RUN}") from error
+    kind = stored.text("kind", default="optimization")
+    if kind != "optimization":
+        raise CorruptRunError(
+            f"{path} holds a {kind}, not an optimization. Its report is report.html, which 'netwright' writes when the "
+            f"{kind} ends. {_NOT_A_RUN}"
+        )
+    settings = _settings(stored)
     remarks: list[str] = []
     result = _read_result(path / "result.json", remarks)
     evaluations = _read_evaluations(path / "evaluations.jsonl", remarks)

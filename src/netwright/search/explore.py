@@ -9,10 +9,11 @@ from optuna.samplers import BaseSampler
 
 from netwright.core.artifact import load_weights, save_weights
 from netwright.core.console import ConsoleProgress
-from netwright.core.errors import RunDirectoryError, SettingError
+from netwright.core.errors import NetwrightError, RunDirectoryError, SettingError
 from netwright.core.files import atomic_write
 from netwright.core.onnx_export import export_onnx
 from netwright.core.recipe import Recipe
+from netwright.core.rundir import MARK, RunDirectory
 from netwright.core.task import Task
 from netwright.core.transform import Progress
 from netwright.search.measured import Measured
@@ -98,7 +99,8 @@ def explore(
 
     Raises:
         SettingError: an unknown objective, or a setting out of its range.
-        RunDirectoryError: a folder that cannot be used.
+        RunDirectoryError: a folder that cannot be used, or holds a search of another task.
+        RunLockedError: another process is searching in the folder.
 
     Cost: the training, then for each candidate what :class:`~netwright.search.measured.Measured` says.
     """
@@ -113,11 +115,10 @@ def explore(
         if limit.metric not in METRICS:
             raise SettingError(f"Constraint {limit} speaks of {limit.metric!r}. Measured are {', '.join(METRICS)}.")
     place = None if out is None else Path(out)
-    if place is not None and not resume and place.exists() and any(place.iterdir()):
-        raise RunDirectoryError(f"{place} is not empty. Give another folder, or resume what lies there.")
-    if place is not None:
-        place.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        if place is not None:
+            settings = {"kind": "search", "task": task.name, "trained_here": net is None}
+            stack.enter_context(_folder(place, resume, settings))
         report = progress or stack.enter_context(ConsoleProgress(f"search {task.name}")).update
         begun = _TRAINING if net is None else 0.0
         chosen = _super_net(task, place, epochs, seed, report) if net is None else net
@@ -140,6 +141,26 @@ def explore(
         files = {} if place is None else _front_files(chosen, task, result, place / "front")
         report(1.0, f"{len(result.front)} on the front")
     return Explored(chosen, chosen.space, result, files)
+
+
+def _folder(place: Path, resume: bool, settings: Mapping[str, object]) -> RunDirectory:
+    """The folder, owned by this process: a new one, or one with a search of the same kind."""
+    folder = RunDirectory(place)
+    if not resume:
+        return folder.create(settings)
+    folder.open()
+    try:
+        stored = folder.read(MARK, *settings)
+        for name, value in settings.items():
+            if stored[name] != value:
+                raise RunDirectoryError(
+                    f"{place} holds a search with {name}={stored[name]!r}, not {value!r}. Resume with the same, or "
+                    "give another folder."
+                )
+    except NetwrightError:
+        folder.close()
+        raise
+    return folder
 
 
 def _super_net(task: Task, place: Path | None, epochs: float | None, seed: int, report: Progress) -> SuperNet:

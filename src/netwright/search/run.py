@@ -13,7 +13,7 @@ from optuna.samplers import BaseSampler
 
 from netwright.core.console import ConsoleProgress
 from netwright.core.errors import RunDirectoryError, SettingError
-from netwright.core.rundir import RunDirectory
+from netwright.core.rundir import MARK, RunDirectory
 from netwright.search._ray_workers import RayWorkers
 from netwright.search._study import Search, line_of
 from netwright.search._workers import Pool, Workers
@@ -195,7 +195,7 @@ def _settings(
 
 
 def _same(folder: RunDirectory, settings: Mapping[str, Any]) -> None:
-    stored = folder.read("run.json", *settings)
+    stored = folder.read(MARK, *settings)
     for name in ("decisions", "objectives", "constraints"):
         if stored[name] != settings[name]:
             raise RunDirectoryError(
