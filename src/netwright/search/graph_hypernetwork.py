@@ -41,7 +41,9 @@ class GraphHyperNetwork(nn.Module):
     r"""Predicts all weights of a network that it has never seen, in one pass of a fraction of a second.
 
     Reach for it where many architectures for one task are to be compared, or one needs a start that already works:
-    trained once on sampled architectures, it ranks others without training any.
+    trained once on sampled architectures, it ranks others without training any. Train it on many architectures, for
+    long: on digits, 2,000 steps over 1,000 networks gave a rank correlation of 0.57 with trained accuracy where 600
+    steps over 300 gave 0.46. Compare it with what costs nothing: the number of parameters ranked better there (0.7).
 
     A network's graph has a node for each operation (biases too). With :math:`e` an embedding of its kind and of the
     shape of its parameters,
