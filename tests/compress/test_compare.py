@@ -121,6 +121,10 @@ def test_resume_does_nothing_twice(finished: tuple[Comparison, Path], tmp_path: 
     log = tmp_path / "run" / "compressions.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(lines[0] + lines[1][:20])  # as a crash in the second line leaves it
+    mark = tmp_path / "run" / "run.json"
+    settings = json.loads(mark.read_text())
+    assert settings.pop("kind") == "comparison"
+    mark.write_text(json.dumps(settings))  # as versions wrote it that did not say the kind
     again = run(methods, tmp_path / "run", epochs=1, resume=True)
     assert CALLS == [(0.9, 0.0)]
     assert again.rows[0] == first.rows[0]

@@ -68,9 +68,10 @@ def test_not_a_run(tmp_path: Path, folder: str) -> None:
         read_run(tmp_path / folder)
 
 
-def test_the_folder_of_another_command_says_where_its_report_is(run: Path) -> None:
-    change(run / "run.json", kind="search")
-    with pytest.raises(CorruptRunError, match=r"holds a search, not an optimization.*report\.html"):
+@pytest.mark.parametrize(("kind", "page"), [("search", "report.html"), ("comparison", "comparison.html")])
+def test_the_folder_of_another_command_says_where_its_page_is(run: Path, kind: str, page: str) -> None:
+    change(run / "run.json", kind=kind)
+    with pytest.raises(CorruptRunError, match=rf"holds a {kind}, not an optimization\. {re.escape(page)}"):
         read_run(run)
 
 

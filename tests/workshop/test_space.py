@@ -86,6 +86,7 @@ def test_the_ladder_is_valid_and_goes_from_small_to_whole(int8: dict | None) -> 
     if int8 is not None:
         both = [values["int8"] for values in ladder if values["thin"] == ladder[0]["thin"]]
         assert both == [True, False], "the middle rung is tried with and without"
+        assert ladder[2] == {**ladder[2], "thin": 0, "int8": True}, "integers alone are tried early"
 
 
 def test_neutral_values_do_nothing() -> None:

@@ -108,7 +108,7 @@ def test_later_rungs_take_the_form_that_was_cheaper(cheap: bool, tmp_path: Path)
     with open_run(tmp_path / "run") as run:
         found = study(run, Space((("a", 64), ("b", 256)), {"activation": "uint8"}))
         assert fail(found, ask(found)).point is None
-        assert search(found, 8, judge)[-1].params["int8"] == cheap
+        assert search(found, 9, judge)[-1].params["int8"] == cheap
 
 
 def test_nothing_is_proposed_twice_and_numbers_go_up(tmp_path: Path) -> None:

@@ -129,8 +129,10 @@ def loss_gradients(
             with torch.enable_grad():
                 loss = task_loss(task, task.outputs(model, inputs), targets)
             gradients = torch.autograd.grad(loss, variables, allow_unused=True)
-            rows[position] = weights.gather(gradients)
-            if not bool(loss.isfinite()) or not bool(rows[position].isfinite().all()):
+            row = rows[position]
+            for (_, place, _), gradient in zip(weights, gradients, strict=True):
+                row[place] = 0.0 if gradient is None else gradient.flatten()
+            if not bool(loss.isfinite() & torch.linalg.vector_norm(row, torch.inf).isfinite()):
                 raise TransformError(
                     f"Task {task.name!r}: loss or gradients are not finite on a batch of its training data (loss "
                     f"{loss.item():.4g}). Train the model to a finite loss first."

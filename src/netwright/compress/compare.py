@@ -108,6 +108,7 @@ def compare(
     recipe = task.recipe or Recipe()
     spent = _RECOVERY * recipe.epochs if epochs is None else float(epochs)
     settings = {
+        "kind": "comparison",
         "task": task.name,
         "items": len(task.data.train),
         "methods": {name: described(method) for name, method in methods.items()},
@@ -121,7 +122,7 @@ def compare(
         run = RunDirectory(Path(folder))
         if resume:
             run.check_old()
-            if run.settings != json.loads(json.dumps(settings)):
+            if {"kind": settings["kind"], **run.settings} != json.loads(json.dumps(settings)):
                 raise RunDirectoryError(
                     f"{out} holds a comparison with other settings. Repeat its own, or give another folder."
                 )

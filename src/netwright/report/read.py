@@ -27,6 +27,7 @@ __all__ = ["parse_result", "read_run"]
 Part = TypeVar("Part")
 
 _RESUME = "Run the same command with --resume to have it written again, or start anew in an empty folder."
+_PAGES = {"search": "report.html", "comparison": "comparison.html", "training": "report.html"}
 _NOT_A_RUN = "Give the folder that was passed as --out to 'netwright optimize'."
 
 
@@ -61,10 +62,10 @@ Give the folder that was passed as --out to 'netwright optimize'.
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptRunError(f"{path} is not a run directory: there is no run.json in it. {_NOT_A_RUN}") from error
     kind = stored.text("kind", default="optimization")
-    if kind != "optimization":
+    if kind in _PAGES:
         raise CorruptRunError(
-            f"{path} holds a {kind}, not an optimization. Its report is report.html, which 'netwright' writes when the "
-            f"{kind} ends. {_NOT_A_RUN}"
+            f"{path} holds a {kind}, not an optimization. {_PAGES[kind]} is written there when the {kind} ends. "
+            f"{_NOT_A_RUN}"
         )
     settings = _settings(stored)
     remarks: list[str] = []

@@ -187,6 +187,7 @@ def _settings(
 ) -> dict[str, Any]:
     decisions = {name: distribution_to_json(distribution) for name, distribution in space.decisions.items()}
     return {
+        "kind": "search",
         "decisions": decisions,
         "objectives": dict(objectives),
         "constraints": [str(limit) for limit in limits],
@@ -195,8 +196,9 @@ def _settings(
 
 
 def _same(folder: RunDirectory, settings: Mapping[str, Any]) -> None:
-    stored = folder.read(MARK, *settings)
-    for name in ("decisions", "objectives", "constraints"):
+    compared = ("decisions", "objectives", "constraints")
+    stored = folder.read(MARK, *compared)
+    for name in compared:
         if stored[name] != settings[name]:
             raise RunDirectoryError(
                 f"{folder.path} holds a search with other {name}: {stored[name]}, not {settings[name]}. "

@@ -18,13 +18,13 @@ STEPS = ("prune", "branches", "int8", "int4", "codebooks")
 
 _SIZE_ONLY = ("int4", "codebooks")  # steps
 _LADDER = (
-    *((8, 0.0), (12, 0.0), (4, 1.0), (4, 0.0)),
-    *((8, 0.5), (4, 0.5), (16, 0.0), (0, 0.0), (14, 0.0)),
+    *((8, 0.0), (0, 0.0), (12, 0.0), (4, 1.0), (4, 0.0)),
+    *((8, 0.5), (4, 0.5), (16, 0.0), (14, 0.0)),
 )  # levels of thinness, and shares of the branches that go
 _LEVEL = 0.25  # a level is so many octaves
 _SPREAD = 1.0
 _BLOCK = 8  # channels that kernels work on together
-_BOTH_FORMS = 4  # rungs of the ladder that are tried in two ways of writing weights
+_BOTH_FORMS = 5  # rungs of the ladder that are tried in two ways of writing weights
 _BITS = (4, 3)  # of an index into a codebook
 _WHOLE, _NARROW = 8, 4  # bits of an integer weight; it is computed with as 8 either way
 
@@ -134,9 +134,10 @@ class Space:
         return tuple(found)
 
     def ladder(self, form: int = 0) -> Sequence[dict[str, Any]]:
-        """Proposals to begin with: uniformly thinner and shallower, from the middle outwards, and the whole network.
+        """Proposals to begin with: uniformly thinner and shallower, from the middle outwards.
 
-        The first rungs are tried in two forms or all, the others in that of number ``form`` among :meth:`forms`.
+        The second rung is the whole network, which a short run should have tried: rounded only, it mostly keeps the
+        score. The first rungs are tried in two forms or all, the others in that of number ``form`` among :meth:`forms`.
         """
         forms = self.forms()
         if not self.groups and not self.branches:
