@@ -5,9 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from netwright.compress import PruneBranches, fastest_int8
 from netwright.core.errors import ArtifactError, NothingToPruneError, TraceError, TransformError
 from netwright.core.graph import Graph
+from netwright.core.graph.branches import traced_branches, without_branches
 from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.workshop.baseline import Baseline
@@ -23,6 +26,8 @@ _FINAL_SHARE = 0.35  # of the time after the baseline goes into full recovery
 _CANDIDATES = 32  # evaluations aimed at
 _LEAST_SECONDS = 1.5  # of training for one candidate
 _HANDLING_SECONDS = 3.5  # of tracing, exporting, scoring and measuring it
+_FEWEST_ITEMS, _MOST_ITEMS = 32, 256  # on which branches are ranked
+_TARGETS = 4096  # in these items, where that leaves enough of them
 
 
 @dataclass(frozen=True)
@@ -141,8 +146,10 @@ def _branches(task: Task, baseline: Baseline, graph: Graph) -> tuple[Droppable, 
     """The residual branches, the most dispensable first, with the groups that lie within each; none where none are."""
     found = []
     try:
-        for name in PruneBranches().plan(baseline.model, task, seed=0):
-            left = dict(PruneBranches([name])(baseline.model, task).named_parameters())
+        order = PruneBranches(items=_ranking_items(task)).plan(baseline.model, task, seed=0)
+        traced, _ = traced_branches(baseline.model, task.example())
+        for name in order:
+            left = dict(without_branches(baseline.model, traced, [name]).named_parameters())
             within = [
                 group.name for group in graph.groups if not any(place.parameter in left for place in group.places)
             ]
@@ -150,6 +157,13 @@ def _branches(task: Task, baseline: Baseline, graph: Graph) -> tuple[Droppable, 
     except (NothingToPruneError, TransformError, TraceError):  # no branches, or nothing to rank them by
         return ()
     return tuple(found)
+
+
+def _ranking_items(task: Task) -> int:
+    """Training items on which branches are compared: fewer where each has many targets, as sequences have."""
+    target = task.data.train[0][1]
+    targets = target.numel() if isinstance(target, Tensor) else 1
+    return max(_FEWEST_ITEMS, min(_MOST_ITEMS, _TARGETS // max(targets, 1)))
 
 
 def _nothing(graph: Graph) -> str:
