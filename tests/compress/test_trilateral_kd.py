@@ -120,7 +120,7 @@ def test_wrong_labels_get_more_of_the_teacher() -> None:
     hook = kept[0]
     with torch.no_grad():
         logits, goal = hook.student(inputs), teacher(inputs)
-        ratios = hook.fusion(module._geometry(logits, goal, noisy, hook.means))
+        ratios = hook.fusion.cpu()(module._geometry(logits, goal, noisy, hook.means.cpu()))
     assert float(ratios[wrong].mean()) > float(ratios[~wrong].mean()) + 0.1
 
 

@@ -90,7 +90,7 @@ def test_equals_a_hand_written_loop_to_the_last_bit() -> None:
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-    result = fit(task.build(seed=3), task, seed=7)
+    result = fit(task.build(seed=3), task, seed=7, device="cpu")
     assert torch.equal(weights(result.model), weights(naive))
     assert [record.step for record in result.history] == list(range(1, steps + 1))
     assert [record.train_loss for record in result.history] == losses

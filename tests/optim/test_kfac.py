@@ -566,7 +566,7 @@ class Fed(KFAC):
         loss = self.evaluate(closure)
         for place in self._places.values():
             weight = place.layer.weight
-            inputs = torch.linspace(-1, 1, 5 * weight.shape[1], dtype=DOUBLE).view(5, -1).sin().to(weight.dtype)
+            inputs = torch.linspace(-1, 1, 5 * weight.shape[1], dtype=DOUBLE).view(5, -1).sin().to(weight)
             with torch.enable_grad():
                 torch.autograd.grad(place.layer(inputs).pow(2).sum(1).mean(), weight)
         super().step()

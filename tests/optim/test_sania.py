@@ -390,4 +390,5 @@ def test_bad_closures():
 @pytest.mark.parametrize("kind", ["adagrad", "adam", "hutchinson"])
 def test_conformance(kind):
     eps = 1e-2 if kind == "hutchinson" else 1e-4
-    check_optimizer(functools.partial(SANIA, preconditioner=kind, eps=eps), coupled=True, sparse=False)
+    skip = ["device"] if kind == "hutchinson" else []  # its signs come from the device's generator
+    check_optimizer(functools.partial(SANIA, preconditioner=kind, eps=eps), coupled=True, sparse=False, skip=skip)

@@ -23,6 +23,9 @@ def mlp():
     return small()[1:2]
 
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @dataclass(frozen=True)
 class Noise:
     """Adds noise to the weights and recovers for the budget: a correct transform. The others break one property."""
@@ -62,7 +65,7 @@ class Noise:
         with torch.no_grad():
             for name, param in model.named_parameters():
                 if name not in self.leave:
-                    param.add_(self.scale * torch.randn(param.shape, generator=generator))
+                    param.add_(self.scale * torch.randn(param.shape, generator=generator).to(param.device))
 
     def epochs(self, budget):
         return 0.5 if budget is None else budget
@@ -120,7 +123,7 @@ class HooksGiven(Noise):
 @dataclass(frozen=True)
 class LeavesGradients(Noise):
     def extra(self, model, task):
-        inputs, targets = next(batches(task.data.train, 4))
+        inputs, targets = next(batches(task.data.train, 4, device=next(model.parameters()).device))
         task.loss(task.outputs(model, inputs), targets).backward()
 
 
@@ -319,6 +322,12 @@ class AcceptsInfinity(Noise):
 
 
 @dataclass(frozen=True)
+class ReturnsToTheCpu(Noise):
+    def copied(self, model):
+        return super().copied(model).to("cpu")
+
+
+@dataclass(frozen=True)
 class WrongError(Noise):
     def require_finite(self, model):
         assert all(param.isfinite().all() for param in model.parameters())
@@ -354,6 +363,7 @@ BROKEN = [
     (Wordless, "progress"),
     (AcceptsInfinity, "errors"),
     (WrongError, "errors"),
+    pytest.param(ReturnsToTheCpu, "device", marks=NEEDS_CUDA),
 ]
 # Each of these must break something else too: the same weights trained twice, outputs that cannot be compared, ...
 CONSEQUENCES = {Function, TwoOutputs, HalfPrecision, Explodes, SharesWeights, Untraceable}
@@ -377,7 +387,7 @@ def test_each_broken_transform_is_caught_by_name(kind, name):
 
 
 def test_every_property_has_a_transform_that_breaks_it():
-    assert {name for _, name in BROKEN} == set(transform_properties())
+    assert {getattr(entry, "values", entry)[1] for entry in BROKEN} == set(transform_properties())
 
 
 def test_bad_arguments_are_named():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from netwright.core.data import Inputs, call
+from netwright.core.data import Inputs, beside, call
 from netwright.core.errors import TransformError
 from netwright.core.outputs import take_items
 from netwright.core.task import Task
@@ -139,7 +139,7 @@ def find_cuts(owner: object, teacher: nn.Module, student: nn.Module, task: Task,
     Raises:
         TransformError: no such pair.
     """
-    both = task.example(4)
+    both = beside(task.example(4), teacher)
     order = torch.arange(_count(both)).flip(0)
     other = take_items(both, order)
     with torch.no_grad():

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from netwright.compress._observe import grid
 from netwright.compress._placement import Plan
 from netwright.compress._quantizers import ActivationQuantizer, Integers, WeightQuantizer
-from netwright.compress.quantize import Calibration, Int8, insert, observe, prepare
+from netwright.compress.quantize import Calibration, Int8, insert, observe, prepare, round_outputs
 from netwright.core.data import Inputs
 from netwright.core.task import Task
 
@@ -80,10 +79,8 @@ def calibrated(
     module, where = prepare(owner, model, task)
     module, observers = insert(module, where, settings, weights)
     observe(module, observers, task.data.train, settings, seed)
-    ranges = {path: observer.range(calibration, activations) for path, observer in observers.items()}
     kind = NarrowQuantizer if activations.high - activations.low < 255 else ActivationQuantizer
-    for path, (low, high) in ranges.items():
-        module.set_submodule(path, kind(*grid(low, high, activations), activations))
+    ranges = round_outputs(module, observers, calibration, activations, kind)
     return Calibrated(module.eval(), where, ranges)
 
 

@@ -109,7 +109,7 @@ class FixedQuantizer(nn.Module):
         self.axis, self.width = axis, width
         self.reach = 2 ** (width - 1) - 1
         self.register_buffer("scale", steps.clamp_min(_TINY).float())
-        self.register_buffer("zero_point", torch.zeros(len(steps), dtype=torch.int32))
+        self.register_buffer("zero_point", torch.zeros_like(steps, dtype=torch.int32))
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` rounded."""

@@ -39,7 +39,7 @@ class Observer(nn.Module):
                 )
             self.low, self.high = min(self.low, low), max(self.high, high)
         elif self.high > self.low:
-            self.counts += torch.histc(x.detach().float(), _BINS, self.low, self.high).double().numpy()
+            self.counts += torch.histc(x.detach().float(), _BINS, self.low, self.high).double().cpu().numpy()
         return x
 
     def start_histogram(self) -> None:

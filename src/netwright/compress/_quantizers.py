@@ -84,7 +84,8 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.axis, self.integers, self.per_channel = axis, integers, per_channel
         self.register_buffer("scale", self._scale(weight))
-        self.register_buffer("zero_point", torch.full((weight.shape[axis],), integers.middle, dtype=torch.int32))
+        zeros = torch.full_like(self.scale, integers.middle, dtype=torch.int32)
+        self.register_buffer("zero_point", zeros)
 
     def _scale(self, weight: Tensor) -> Tensor:
         return weight_scale(weight.detach(), self.axis, self.integers.high - self.integers.middle, self.per_channel)

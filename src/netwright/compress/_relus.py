@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from netwright.compress._fold import op_name
+from netwright.core.data import beside
 from netwright.core.graph.export import arguments
 from netwright.core.task import Task
 
@@ -55,7 +56,7 @@ def _is_relu(node: fx.Node) -> bool:
 
 def find_relus(module: fx.GraphModule, task: Task) -> list[ReluLayer]:
     """The ReLU layers of a graph in their order."""
-    inputs = task.example()
+    inputs = beside(task.example(), module)
     args, kwargs = arguments(inputs)
     items = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     walker = _Shapes(module)

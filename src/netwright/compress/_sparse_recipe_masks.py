@@ -81,10 +81,9 @@ class HeldMask(StepHook):
     @torch.no_grad()
     def before_step(self, step: int, total: int) -> None:
         """Gradients outside the mask become zero."""
-        if self.mask is not None:
-            for _, place, value in self.weights:
-                if value.grad is not None:
-                    value.grad.mul_(self.mask[place].view_as(value))
+        for _, place, value in self.weights:
+            if value.grad is not None and (mask := self._mask_beside(value)) is not None:
+                value.grad.mul_(mask[place].view_as(value))
 
     def after_step(self, step: int, total: int) -> None:
         """Weights outside the mask become zero."""
@@ -93,9 +92,15 @@ class HeldMask(StepHook):
     @torch.no_grad()
     def apply(self) -> None:
         """Set what is outside the mask to zero."""
-        if self.mask is not None:
-            for _, place, value in self.weights:
-                value.mul_(self.mask[place].view_as(value))
+        for _, place, value in self.weights:
+            if (mask := self._mask_beside(value)) is not None:
+                value.mul_(mask[place].view_as(value))
+
+    def _mask_beside(self, value: Tensor) -> Tensor | None:
+        """The mask, which follows the weights to the device on which they are trained."""
+        if self.mask is not None and self.mask.device != value.device:
+            self.mask = self.mask.to(value.device)
+        return self.mask
 
 
 def steps_per_epoch(task: Task) -> int:

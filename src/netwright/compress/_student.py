@@ -6,7 +6,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from netwright.core.data import beside
 from netwright.core.errors import NetwrightError, TransformError
+from netwright.core.evaluate import device_of
 from netwright.core.randomness import isolated
 from netwright.core.recipe import resolve
 from netwright.core.task import Task
@@ -57,7 +59,7 @@ def build_student(owner: object, spec: StudentSpec, teacher: nn.Module, task: Ta
         student = transform(teacher, task, seed=seed, budget=0.0)
     if not isinstance(student, nn.Module):
         raise TransformError(f"{name}.student gives a {type(student).__name__}, not an nn.Module.")
-    student = copy.deepcopy(student)
+    student = copy.deepcopy(student).to(device_of(teacher))
     _check_outputs(name, student, teacher, task)
     return student
 
@@ -66,7 +68,7 @@ def _check_outputs(name: str, student: nn.Module, teacher: nn.Module, task: Task
     shapes = []
     for model in (student.eval(), teacher):
         try:
-            shapes.append(tuple(task.outputs(model, task.example(2)).shape))
+            shapes.append(tuple(task.outputs(model, beside(task.example(2), model)).shape))
         except (RuntimeError, AttributeError, NetwrightError) as error:
             what = "student" if model is student else "teacher"
             raise TransformError(f"{name}: the {what} cannot be run on the task's inputs: {error}.") from error

@@ -55,8 +55,8 @@ def _without(model: nn.Module, places: Sequence[Place], units: Sequence[int]) ->
     copy = deepcopy(model)
     parameters = dict(copy.named_parameters(remove_duplicate=False))
     for place in places:
-        entries = torch.as_tensor(place.index[list(units)]).flatten()
-        parameters[place.parameter].index_fill_(place.dim, entries, 0)
+        value = parameters[place.parameter]
+        value.index_fill_(place.dim, torch.as_tensor(place.index[list(units)], device=value.device).flatten(), 0)
     return copy
 
 

@@ -109,7 +109,7 @@ class Goal:
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
     mask = torch.zeros(len(scores), dtype=torch.bool)
-    mask[torch.argsort(scores, stable=True)[:count]] = True
+    mask[torch.argsort(scores.cpu(), stable=True)[:count]] = True
     return mask
 
 

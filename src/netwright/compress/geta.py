@@ -10,14 +10,13 @@ from torch import Tensor, fx, nn
 
 from netwright.compress._geta_hook import JointTraining, Stages
 from netwright.compress._learned_quantizer import FixedQuantizer
-from netwright.compress._observe import grid
-from netwright.compress._quantizers import ActivationQuantizer, Integers
+from netwright.compress._quantizers import Integers
 from netwright.compress._settings import check_choice, check_count, check_ratio, check_weights
 from netwright.compress._sparse_recipe_masks import checked_names, shared_epochs, steps_per_epoch
 from netwright.compress._training import train
 from netwright.compress._unit_plan import Goal, Plan, Scope, plan, step_sizes
 from netwright.compress._unit_vectors import UnitVectors
-from netwright.compress.quantize import Int8, insert, observe, prepare
+from netwright.compress.quantize import Int8, insert, observe, prepare, round_outputs
 from netwright.core.errors import TransformError
 from netwright.core.graph import trace
 from netwright.core.recipe import Recipe
@@ -221,10 +220,7 @@ class GETA:
             quantizer = FixedQuantizer(hook.grids[name].step * factors, hook.widths[name], axis)
             module.set_submodule(f"{name}_quantizer", quantizer)
         observe(module, observers, task.data.train, settings, seed)
-        for path, observer in observers.items():
-            integers = Integers.activation(settings.activation)
-            scale, zero_point = grid(*observer.range(settings.calibration, integers), integers)
-            module.set_submodule(path, ActivationQuantizer(scale, zero_point, integers))
+        round_outputs(module, observers, settings.calibration, Integers.activation(settings.activation))
         return module.eval()
 
 

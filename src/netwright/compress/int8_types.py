@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from netwright.compress.quantize import Int8, Kind
 from netwright.core.artifact import OnnxModule, export_onnx
 from netwright.core.cost import Ratio, compare_onnx
-from netwright.core.data import Inputs, call, first_inputs
+from netwright.core.data import Inputs, beside, call, first_inputs
 from netwright.core.errors import TransformError
 from netwright.core.task import Task
 
@@ -138,8 +138,8 @@ def _choose(base: Int8, table: Iterable[PairResult]) -> Int8:
 def _outputs(model: nn.Module, inputs: Inputs) -> Tensor:
     """All outputs as one long vector."""
     with torch.no_grad():
-        leaves = pytree.tree_leaves(call(model, inputs))
-    return torch.cat([leaf.double().flatten() for leaf in leaves if isinstance(leaf, Tensor)])
+        leaves = pytree.tree_leaves(call(model, beside(inputs, model)))
+    return torch.cat([leaf.double().cpu().flatten() for leaf in leaves if isinstance(leaf, Tensor)])
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

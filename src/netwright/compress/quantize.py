@@ -18,11 +18,13 @@ from netwright.compress._quantizers import ActivationQuantizer, Integers, Weight
 from netwright.compress._settings import check_choice, check_count, check_weights
 from netwright.core.data import Dataset, batches, call, to_device
 from netwright.core.errors import TransformError
+from netwright.core.evaluate import device_of
 from netwright.core.graph.export import export_model
+from netwright.core.graph.follow import follow_inputs
 from netwright.core.task import Task
 from netwright.core.transform import Progress
 
-__all__ = ["Int8", "insert", "observe", "prepare", "trace"]
+__all__ = ["Int8", "insert", "observe", "prepare", "round_outputs", "trace"]
 
 Kind = Literal["uint8", "int8"]
 Calibration = Literal["minmax", "percentile", "mse"]
@@ -142,10 +144,7 @@ class Int8:
         module, observers = insert(module, where, self)
         report(0.3, "calibrating")
         observe(module, observers, task.data.train, self, seed)
-        for path, observer in observers.items():
-            integers = Integers.activation(self.activation)
-            scale, zero_point = grid(*observer.range(self.calibration, integers), integers)
-            module.set_submodule(path, ActivationQuantizer(scale, zero_point, integers))
+        round_outputs(module, observers, self.calibration, Integers.activation(self.activation))
         report(1.0, "quantized")
         return module.eval()
 
@@ -186,6 +185,7 @@ def trace(model: nn.Module, task: Task) -> fx.GraphModule:
     for node in list(exported.graph.nodes):
         if node.op == "call_module" or (node.op == "get_attr" and not node.users):  # checks of input shapes, leftovers
             exported.graph.erase_node(node)
+    follow_inputs(exported.graph)
     _plain_signature(exported.graph, program)
     copied = copy.deepcopy(fx.GraphModule(exported, exported.graph, type(model).__name__))
     trainable = {name for name, value in model.named_parameters() if value.requires_grad}
@@ -273,6 +273,20 @@ def _has(module: nn.Module, path: str) -> bool:
     return any(name == path for name, _ in module.named_modules())
 
 
+def round_outputs(
+    module: fx.GraphModule,
+    observers: Mapping[str, Observer],
+    calibration: str,
+    integers: Integers,
+    kind: type[ActivationQuantizer] = ActivationQuantizer,
+) -> dict[str, tuple[float, float]]:
+    """Put quantizers in the place of observers, over the ranges that these have seen; the ranges by path."""
+    ranges = {path: observer.range(calibration, integers) for path, observer in observers.items()}
+    for path, (low, high) in ranges.items():
+        module.set_submodule(path, kind(*grid(low, high, integers), integers).to(device_of(module)))
+    return ranges
+
+
 def observe(module: fx.GraphModule, observers: dict[str, Observer], data: Dataset, settings: Int8, seed: int) -> None:
     """Run calibration data through the model; a second time for histograms."""
     generator = torch.Generator().manual_seed(seed)
@@ -284,7 +298,7 @@ def observe(module: fx.GraphModule, observers: dict[str, Observer], data: Datase
         if left <= 0:
             break
     module.eval()
-    device = next((value.device for value in module.parameters()), torch.device("cpu"))
+    device = device_of(module)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for passage in range(1 if settings.calibration == "minmax" else 2):

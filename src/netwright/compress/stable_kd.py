@@ -13,7 +13,7 @@ from netwright.compress._blocks import Cut, channel, find_cuts, replaced, seen
 from netwright.compress._settings import check_count, check_number, check_weights
 from netwright.compress._student import StudentSpec, build_student, check_student
 from netwright.compress._training import train
-from netwright.core.data import Inputs, call
+from netwright.core.data import Inputs, beside, call
 from netwright.core.errors import TransformError
 from netwright.core.evaluate import device_of
 from netwright.core.fit import StepHook
@@ -252,7 +252,7 @@ def _adapters(
         for who, model, path in (("teacher", teacher, cut.teacher), ("student", student, cut.student)):
             if path not in dict(model.named_modules()):
                 raise TransformError(f"{name}.at: the {who} has no module {path!r}. Look at named_modules().")
-    inputs = task.example(4)
+    inputs = beside(task.example(4), teacher)
     with torch.no_grad():
         theirs, _ = seen(teacher, [cut.teacher for cut in cuts], inputs)
         own, _ = seen(student, [cut.student for cut in cuts], inputs)

@@ -142,7 +142,7 @@ class TrainableGate:
         groups = chosen_groups(self, graph, self.exclude, self.inexact, "gate")
         macs = MacModel(graph, groups)
         result = deepcopy(model)
-        values = {group.name: _start(saliency_magnitude(model, group)) for group in groups}
+        values = {group.name: _start(saliency_magnitude(model, group).cpu()) for group in groups}
         closed_units(macs, values, self.macs)  # whether it can be met, before anything is trained
         total = (task.recipe or Recipe()).epochs if budget is None else budget
         search, rest = shared_epochs(task, total, [self.search, 1.0 - self.search])

@@ -5,6 +5,7 @@ is a tensor, a tuple of tensors (called as ``model(*input)``) or a dict of tenso
 ``model(**input)``); a target is a tensor or a number.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -15,7 +16,7 @@ from torch.utils.data import TensorDataset, default_collate
 
 from netwright.core.errors import DataError
 
-__all__ = ["Batch", "Data", "Dataset", "Inputs", "batches", "call", "first_inputs", "stack", "to_device"]
+__all__ = ["Batch", "Data", "Dataset", "Inputs", "batches", "beside", "call", "first_inputs", "stack", "to_device"]
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """What a model is called with: a tensor, a tuple (``model(*inputs)``) or a mapping (``model(**inputs)``)."""
@@ -141,12 +142,20 @@ def first_inputs(dataset: Dataset, count: int = 2) -> Inputs:
 
 
 def to_device(inputs: Inputs, device: torch.device | str) -> Inputs:
-    """Inputs with every tensor on ``device``."""
+    """Inputs with every tensor on ``device``, also those in nested tuples and dicts."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
-        return {key: value.to(device) for key, value in inputs.items()}
-    return tuple(value.to(device) for value in inputs)
+        return {key: to_device(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(to_device(value, device) for value in inputs)
+    return inputs
+
+
+def beside(inputs: Inputs, model: nn.Module) -> Inputs:
+    """Inputs on the device of the model's first tensor; as they are for a model without tensors."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return inputs if first is None else to_device(inputs, first.device)
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["isolated", "restore_states", "save_states"]
+__all__ = ["isolated", "restore_states", "save_states", "seeded"]
 
 
 @contextmanager
@@ -24,7 +24,8 @@ def isolated(seed: int | None = None, device: torch.device | str = "cpu") -> Ite
 
     Args:
         seed: where torch, NumPy's global generator and ``random`` start; None goes on from where they are.
-        device: a CUDA device whose generator is treated likewise; "cpu" for none.
+        device: a CUDA device whose generator is treated likewise; "cpu" for none. With a seed cuDNN is held to
+            algorithms that give the same result every time.
 
     Example:
         >>> with isolated(0):
@@ -35,12 +36,36 @@ def isolated(seed: int | None = None, device: torch.device | str = "cpu") -> Ite
     """
     device = torch.device(device)
     before = save_states(device)
+    cudnn = torch.backends.cudnn
+    flags = cudnn.deterministic, cudnn.benchmark
     try:
         if seed is not None:
             _seed_all(seed, device)
+            if device.type == "cuda":
+                cudnn.deterministic, cudnn.benchmark = True, False
         yield
     finally:
+        cudnn.deterministic, cudnn.benchmark = flags
         restore_states(before, device)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's generators of all devices start from ``seed``; outside, nothing was drawn from them.
+
+    Reach for it around code that initializes weights wherever it pleases.
+
+    Example:
+        >>> with seeded(0):
+        ...     first = torch.nn.Linear(2, 1).weight
+        >>> with seeded(0):
+        ...     torch.equal(first, torch.nn.Linear(2, 1).weight)
+        True
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
 
 
 def save_states(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -63,14 +88,14 @@ def save_states(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def restore_states(states: dict[str, Any], device: torch.device | str = "cpu") -> None:
-    """Put back what :func:`save_states` returned."""
+    """Put back what :func:`save_states` returned; a checkpoint may have brought its tensors to another device."""
     device = torch.device(device)
-    torch.set_rng_state(states["torch"])
+    torch.set_rng_state(states["torch"].cpu())
     random.setstate(states["python"])
     key, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    np.random.set_state(("MT19937", key.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
     if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
 def _seed_all(seed: int, device: torch.device) -> None:

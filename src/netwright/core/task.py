@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from netwright.core.data import Data, Inputs, call, first_inputs
 from netwright.core.errors import NetwrightError, TaskError
+from netwright.core.randomness import seeded
 from netwright.core.recipe import Recipe
 
 __all__ = [
@@ -144,8 +144,7 @@ class Task:
         """
         if isinstance(self.model, nn.Module):
             return self.model
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             try:
                 model = self.model()
             except Exception as error:

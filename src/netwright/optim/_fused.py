@@ -107,7 +107,8 @@ def split(owner: object, group: dict[str, Any], rows: Sequence[Row], kernel: Ker
         SettingError: the group says ``fused=True`` and the kernel cannot take some row.
     """
     wanted = group["fused"] or (group["fused"] is None and group["foreach"] is None)
-    if not wanted or torch.compiler.is_compiling():
+    elsewhere = not group["fused"] and not any(row[0].is_cpu for row in rows)
+    if not wanted or elsewhere or torch.compiler.is_compiling():
         return [], list(rows)
     taken: list[Row] = []
     left: list[Row] = []

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from netwright.core.errors import SettingError
+from netwright.core.randomness import seeded
 
 __all__ = ["RandomNetwork", "random_networks"]
 
@@ -89,6 +89,7 @@ def random_networks(count: int, seed: int, *, inputs: int = 1, classes: int = 10
         SettingError: a count, channels or classes below 1.
 
     Example:
+        >>> import torch
         >>> [tuple(network(torch.zeros(2, 1, 8, 8)).shape) for network in random_networks(2, seed=0)]
         [(2, 10), (2, 10)]
     """
@@ -96,8 +97,7 @@ def random_networks(count: int, seed: int, *, inputs: int = 1, classes: int = 10
         if value < 1:
             raise SettingError(f"{name} must be at least 1, got {value}.")
     rng = np.random.default_rng(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return [RandomNetwork(inputs, classes, rng) for _ in range(count)]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from netwright.core.data import Inputs
+from netwright.core.data import Inputs, beside
 from netwright.core.errors import NetwrightError, NothingToPruneError, SettingError
 from netwright.core.graph import Graph, Group, Place, trace
 from netwright.core.graph.agreement import difference
@@ -166,9 +166,8 @@ class Structure:
         copy = deepcopy(model)
         with torch.no_grad():
             for place in reads:
-                copy.get_parameter(place.parameter).index_fill_(
-                    place.dim, torch.as_tensor(place.index[units]).flatten(), 0.0
-                )
+                value = copy.get_parameter(place.parameter)
+                value.index_fill_(place.dim, torch.as_tensor(place.index[units], device=value.device).flatten(), 0.0)
         same = reads and not difference(graph.zero(model, {group.name: units}), copy, self.inputs, _AGREES)
         return tuple(reads if same else places)
 
@@ -217,7 +216,7 @@ def _keeps_shape(model: nn.Module, name: str, inputs: Inputs) -> bool:
         seen.append(isinstance(first, Tensor) and isinstance(result, Tensor) and first.shape == result.shape)
 
     handle = model.get_submodule(name).register_forward_hook(look)
-    args, kwargs = arguments(inputs)
+    args, kwargs = arguments(beside(inputs, model))
     try:
         with inference(model):
             model(*args, **kwargs)

@@ -180,6 +180,8 @@ class Agents:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` returned, between two rounds."""
         self.round = state["round"]
-        self._totals, self._moment, self._target = state["totals"], state["moment"].clone(), state["target"].clone()
-        self._generator.set_state(state["generator"])
+        # a checkpoint may have brought them to the network's device
+        self._totals = state["totals"].cpu()
+        self._moment, self._target = state["moment"].cpu().clone(), state["target"].cpu().clone()
+        self._generator.set_state(state["generator"].cpu())
         self._policies = self._current()

@@ -280,7 +280,7 @@ def _order(model: nn.Module, group: Group) -> list[int]:
     for place in group.places:
         if place.parameter in values:
             squares = values[place.parameter].detach().double().square().movedim(place.dim, 0)
-            entries = squares.reshape(len(squares), -1).sum(1)
+            entries = squares.reshape(len(squares), -1).sum(1).cpu()
             lengths += entries[torch.from_numpy(place.index)].sum(1)
     return sorted(range(group.size), key=lambda unit: -float(lengths[unit]))
 

@@ -51,7 +51,7 @@ class Trial:
 
         closure = self.closure(optimizer, params, lambda inner: loss(inner, time))
         before = torch.get_rng_state()
-        # Everything here is on the CPU. torch.manual_seed would also queue work, with a stack trace, for other devices.
+        # torch.manual_seed would also queue work, with a stack trace, for devices that are not in use.
         torch.default_generator.manual_seed(1_000_003 * (self.seed + 1) + time)
         try:
             if self.kind(optimizer) != "optional":
@@ -123,13 +123,16 @@ def call_step(optimizer: Optimizer, closure: Callable[[], Tensor]) -> Any:
 
 
 def parameters(
-    seed: int, dtype: torch.dtype = torch.float64, shapes: Sequence[tuple[int, ...]] = SHAPES
+    seed: int,
+    dtype: torch.dtype = torch.float64,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    device: str = "cpu",
 ) -> list[Tensor]:
-    """Leaf tensors with entries from the standard normal, drawn in float64 and rounded to ``dtype``."""
+    """Leaf tensors with entries from the standard normal, drawn in float64 on the CPU and rounded to ``dtype``."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.complex128 if dtype.is_complex else torch.float64
     drawn = [torch.randn(shape, generator=generator, dtype=wide) for shape in shapes]
-    return [value.to(dtype).requires_grad_() for value in drawn]
+    return [value.to(device, dtype).requires_grad_() for value in drawn]
 
 
 def target_loss(params: Sequence[Tensor], time: int) -> Tensor:
@@ -143,9 +146,9 @@ def target_loss(params: Sequence[Tensor], time: int) -> Tensor:
         if not param.requires_grad or param.numel() == 0:
             continue
         real = (torch.view_as_real(param) if param.is_complex() else param).double().flatten()
-        scale = torch.linspace(0.5, 2.0, real.numel(), dtype=torch.float64)
+        scale = torch.linspace(0.5, 2.0, real.numel(), dtype=torch.float64).to(real.device)
         place = torch.sin(torch.arange(real.numel(), dtype=torch.float64) * 1.7 + position + 0.3 * time)
-        total = total + (scale * (real - place) ** 2).mean() / 2 + real.cos().mean() / 10
+        total = total + (scale * (real - place.to(real.device)) ** 2).mean() / 2 + real.cos().mean() / 10
     return total
 
 
@@ -154,7 +157,8 @@ def distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     worst = 0.0
     for a, b in zip(left, right, strict=True):
         if a.numel():
-            gap = (a.detach().to(torch.complex128) - b.detach().to(torch.complex128)).abs().max().item()
+            left_values, right_values = (value.detach().cpu().to(torch.complex128) for value in (a, b))
+            gap = (left_values - right_values).abs().max().item()
             worst = max(worst, gap if gap == gap else float("inf"))
     return worst
 

@@ -57,10 +57,12 @@ def check_optimizer(
     ``sparse``         sparse gradients are refused by a message that says so, or handled as dense ones
     ``bf16``           bfloat16 parameters stay bfloat16 and follow the float32 path
     ``complex``        a complex parameter equals its two real parts
+    ``device``         parameters on CUDA follow the CPU's path, also resumed from a state read to the CPU
     ================== ===================================================================================
 
     ``zero_lr`` and ``schedule`` apply where the defaults have an ``lr``, ``foreach`` and ``maximize`` where the
     constructor has such an argument. It must then be among the optimizer's defaults, so that a group can set it.
+    ``device`` is checked where there is a CUDA device; a method that draws random numbers there skips it.
 
     Args:
         make: ``make(parameters)`` or ``make(groups)`` builds the optimizer; a class, a ``functools.partial``, ...

@@ -1,6 +1,7 @@
 """Properties of an optimizer's arithmetic: its forms, its signs, and the parameters it may meet."""
 
 import inspect
+import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -135,6 +136,22 @@ def _complex(trial: Trial) -> None:
     expect(gap <= 1e-10, f"a complex parameter differs from its real and imaginary parts by {gap:.3g} after 6 steps.")
 
 
+def _device(trial: Trial) -> None:
+    if not torch.cuda.is_available():
+        return
+    wanted = trial.trajectory(list)
+    params = parameters(trial.seed, device="cuda")
+    optimizer = trial.make(params)
+    trial.run(optimizer, params, range(3))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    resumed = trial.make(params)
+    resumed.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    gap = distance(trial.run(resumed, params, range(3, 6)), wanted)
+    expect(gap <= 1e-8, f"on CUDA, resumed from a state read to the CPU, it leaves the CPU's path by {gap:.3g}.")
+
+
 FORMS: Mapping[str, Callable[[Trial], Any]] = {
     "foreach": _foreach,
     "maximize": _maximize,
@@ -143,4 +160,5 @@ FORMS: Mapping[str, Callable[[Trial], Any]] = {
     "sparse": _sparse,
     "bf16": _bf16,
     "complex": _complex,
+    "device": _device,
 }

@@ -47,7 +47,10 @@ def check_transform(
     ``budget``       at most ``budget`` epochs more are trained than with ``budget=0``
     ``progress``     is called, with fractions in [0, 1] that never fall, and a word
     ``errors``       non-finite weights are refused by a ``NetwrightError``
+    ``device``       a model on CUDA gives a result on CUDA that computes there what it computes on the CPU
     ================ =====================================================================================
+
+    ``device`` is checked where there is a CUDA device.
 
     Args:
         make_transform: builds the transform.

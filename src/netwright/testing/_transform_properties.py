@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from netwright.core.artifact import OnnxModule, export_onnx
-from netwright.core.data import Batch, Dataset, Inputs, batches, first_inputs
+from netwright.core.data import Batch, Dataset, Inputs, batches, first_inputs, to_device
 from netwright.core.errors import NetwrightError
 from netwright.core.graph.export import arguments, export_model
+from netwright.core.randomness import seeded
 from netwright.core.task import Task
 from netwright.core.transform import Chain, Transform
 from netwright.testing._compare import described, equal, facts, gap, outputs
@@ -127,8 +128,7 @@ def _finite(case: Case) -> None:
 def _determinism(case: Case) -> None:
     results = []
     for state in (1, 2):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(state)
+        with seeded(state):
             results.append(case.apply(case.model()))
     first, second = (dict(result.state_dict()) for result in results)
     expect(equal(first, second), "two results of the same seed have different weights.")
@@ -246,6 +246,22 @@ def _errors(case: Case) -> None:
         expect(False, f"a model with a weight of {value} is accepted.")
 
 
+def _device(case: Case) -> None:
+    if not torch.cuda.is_available():
+        return
+    model = case.model().to("cuda")
+    result = case.apply(model)
+    named = [*result.named_parameters(), *result.named_buffers()]
+    left = [name for name, value in named if value.device.type != "cuda"]
+    expect(not left, f"the given model is on CUDA, and of the result {', '.join(left[:3])} is not.")
+    expect(next(model.parameters()).device.type == "cuda", "the given model was moved from CUDA.")
+    there = [value.cpu() for value in outputs(result, to_device(case.inputs(8), "cuda"))]
+    for value in there:
+        expect(bool(value.isfinite().all()), "an output of the result on CUDA is not finite.")
+    apart = gap(outputs(result.to("cpu"), case.inputs(8)), there)
+    expect(apart <= 1e-2, f"the result on CUDA differs from itself on the CPU by {apart:.3g} of the largest output.")
+
+
 PROPERTIES: Mapping[str, Callable[[Case], Any]] = {
     "settings": _settings,
     "untouched": _untouched,
@@ -262,4 +278,5 @@ PROPERTIES: Mapping[str, Callable[[Case], Any]] = {
     "budget": _budget,
     "progress": _progress,
     "errors": _errors,
+    "device": _device,
 }

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netwright.core.data import Inputs
+from netwright.core.data import Inputs, beside
 from netwright.core.graph.export import arguments
 from netwright.core.graph.inference import inference
 
@@ -45,7 +45,7 @@ def like(inputs: Inputs, model: nn.Module, dtype: torch.dtype) -> Inputs:
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """All tensors that the model returns, in evaluation mode."""
-    args, kwargs = arguments(inputs)
+    args, kwargs = arguments(beside(inputs, model))
     with inference(model):
         return list(_leaves(model(*args, **kwargs)))
 

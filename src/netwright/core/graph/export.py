@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from netwright.core.data import Inputs
+from netwright.core.data import Inputs, beside
 from netwright.core.errors import TraceError
 from netwright.core.graph.inference import inference
 
@@ -32,14 +32,14 @@ def export_model(model: nn.Module, inputs: Inputs) -> ExportedProgram:
 
     Args:
         model: any module; its training mode is restored afterwards.
-        inputs: a batch of at least one item. One item is repeated, for ``torch.export`` would take a batch of
-            one as a constant.
+        inputs: a batch of at least one item, on any device. One item is repeated, for ``torch.export`` would take a
+            batch of one as a constant.
 
     Raises:
         TraceError: a model that ``torch.export`` cannot trace, with its reason in one line, or one whose
             code fixes the batch size.
     """
-    inputs = _at_least_two(inputs)
+    inputs = beside(_at_least_two(inputs), model)
     args, kwargs = arguments(inputs)
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from netwright.core.graph.attributes import LEAVES, submodule
+from netwright.core.graph.follow import follow_inputs
 from netwright.core.graph.resize import Edit
 from netwright.core.graph.table import resize_rule_for
 from netwright.core.graph.walk import Walk
@@ -88,11 +89,9 @@ def rebuild(module: fx.GraphModule, source: nn.Module) -> fx.GraphModule:
     """
     graph = module.graph
     device = next(source.parameters(), torch.empty(0)).device
+    follow_inputs(graph)
     for node in list(graph.nodes):
-        _move(node, device)
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            graph.erase_node(node)
-        elif node.op == "call_function":
+        if node.op == "call_function":
             _modularize(module, node, source)
     graph.eliminate_dead_code()
     tensors = _tensors(source)
@@ -110,13 +109,6 @@ def rebuild(module: fx.GraphModule, source: nn.Module) -> fx.GraphModule:
         if made not in own:
             made.training = source.training
     return rebuilt
-
-
-def _move(node: fx.Node, device: torch.device) -> None:
-    """Tensors that the graph makes are made where the model is."""
-    if isinstance(node.kwargs.get("device"), torch.device):
-        node.update_kwarg("device", device)
-    node.args = tuple(device if isinstance(argument, torch.device) else argument for argument in node.args)
 
 
 def _modularize(module: fx.GraphModule, node: fx.Node, source: nn.Module) -> None:
