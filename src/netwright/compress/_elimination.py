@@ -5,9 +5,11 @@ from torch import Tensor
 
 from netwright.compress._least_squares import WIDTH, LeastSquares, fit_and_inverse, products
 
-__all__ = ["eliminate", "fit_and_costs"]
+__all__ = ["cuts_for", "eliminate", "fit_and_costs"]
 
 _TINY = 1e-12
+_LEAST_CUTS, _MOST_CUTS = 2, 16
+_WORTH = 128  # entries for each row below which more cuts than two are worth their time
 
 
 def fit_and_costs(problem: LeastSquares, index: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -29,16 +31,28 @@ def fit_and_costs(problem: LeastSquares, index: Tensor, known: Tensor | None = N
     return fit, fit.square() / (2 * diagonal)
 
 
-def eliminate(problem: LeastSquares, start: Tensor, count: int, *, cuts: int = 2) -> Tensor:
+def cuts_for(rows: int, left: int) -> int:
+    """How often to cut: the fewer entries are left, the more each of them matters and the less a cut costs.
+
+    Example:
+        >>> [cuts_for(256, left) for left in (1_000_000, 16_000, 4_000, 600)]
+        [2, 2, 8, 16]
+    """
+    return min(_MOST_CUTS, max(_LEAST_CUTS, _WORTH * rows // max(left, 1)))
+
+
+def eliminate(problem: LeastSquares, start: Tensor, count: int, *, cuts: int | None = None) -> Tensor:
     """The minimizer on a support of ``count`` entries, which is what ``cuts`` cuts leave of the support of ``start``.
 
-    Each cut takes an equal share of what is left: the entries of least cost, after an exact fit of all.
+    Each cut takes an equal share of what is left: the entries of least cost, after an exact fit of all. None is
+    :func:`cuts_for`.
 
-    Cost: for each cut ``O(n**2 s + n**3)`` time with ``s`` entries left, and ``O(n**2 + s)`` memory.
+    Cost: for each cut ``O(n**2 s + n**3)`` time with ``s`` entries left, and ``O(n**2 + s)`` memory; all cuts together
+    take no longer than two of them over all entries, or ``O(n**3)``.
     """
     index = start.nonzero().flatten()
     known = products(problem, index)
-    for left in range(cuts, 0, -1):
+    for left in range(cuts_for(len(problem.target), len(index)) if cuts is None else cuts, 0, -1):
         if len(index) > count:
             keep = round(len(index) * (count / len(index)) ** (1 / left))
             _, costs = fit_and_costs(problem, index, known)

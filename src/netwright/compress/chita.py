@@ -96,8 +96,9 @@ class CHITA(StagedPruning):
         absolute and searched for. A step that would raise the objective is halved.
 
     Cost: for each stage ``n`` backward passes, and ``O(n**2 s + n**3)`` time for each of two cuts with ``s`` weights
-        left; with ``exchange``, ``O(n p)`` time for each choice of columns and ``O(n k)`` for each step in the last.
-        Memory ``n p`` words, ``n (p + 1.5 k)`` with ``exchange``, never ``p**2``.
+        left, or of up to sixteen where these are fewer than ``64 n``; with ``exchange``, ``O(n p)`` time for each
+        choice of columns and ``O(n k)`` for each step in the last. Memory ``n p`` words, ``n (p + 1.5 k)`` with
+        ``exchange``, never ``p**2``.
     """
 
     exchange: bool = False
