@@ -26,8 +26,8 @@ BETTER = "higher"
 SEEDS = 8
 WHY = (
     "Level with the surgeon in as many stages, in a twelfth of its time: ahead on six of eight seeds (90 to 97), "
-    "by 0.06 points on average, and on one of them it took 10.0% of the time, which counts as 0. Before weights were cut "
-    "more finely where few are left, the surgeon was 0.9 points ahead. Magnitude alone has 10 to 12% correct."
+    "by 0.06 points on average, and on one of them it took 10.0% of the time, which counts as 0. Before weights were "
+    "cut more finely where few are left, the surgeon was 0.9 points ahead. Magnitude alone has 10 to 12% correct."
 )
 RATIO = 0.98
 STAGES = (1, 16)  # of the surgeon
