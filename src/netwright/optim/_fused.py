@@ -31,6 +31,7 @@ __all__ = [
     "Kernel",
     "Row",
     "check_form",
+    "gathered",
     "run",
     "split",
     "unfit",
@@ -135,8 +136,13 @@ def update(group: dict[str, Any], rows: Sequence[Row], step: Callable[..., None]
     All at once with ``foreach=True`` and by default away from the CPU; else row by row, which is faster on a CPU as the
     tensors of a row stay in its caches.
     """
-    for together in rows_of(rows) if _foreach(group, rows) else [[row] for row in rows]:
+    for together in gathered(group, rows):
         step(*map(list, zip(*together, strict=True)), *scalars)
+
+
+def gathered(group: dict[str, Any], rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows that one call is to take together, as :func:`update` has it."""
+    return rows_of(rows) if _foreach(group, rows) else [[row] for row in rows]
 
 
 def rows_of(rows: Iterable[Row]) -> list[list[Row]]:

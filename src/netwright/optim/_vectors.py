@@ -1,7 +1,7 @@
 """Parameters as one long vector: norms, products and steps over lists of tensors, compiled or by torch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from netwright.optim._fused import (
     SQUARES,
     Kernel,
     Row,
+    gathered,
     run,
     split,
     update,
@@ -24,6 +25,7 @@ from netwright.optim._fused import (
 __all__ = ["add", "add_and_look", "add_squares", "approach", "distance", "lerp", "squares", "wide"]
 
 Group = dict[str, Any]
+Values: TypeAlias = Callable[..., list[Tensor] | tuple[Tensor, ...]]
 
 
 def squares(owner: object, group: Group, values: Sequence[Tensor]) -> float:
@@ -60,7 +62,7 @@ def add_and_look(owner: object, group: Group, rows: Sequence[Row], factor: float
     total = run(ADD_AND_LOOK, taken, factor, other) if taken else 0.0
     if left:
         update(group, [(into, values) for into, values, _ in left], _foreach_add, factor)
-        total += _total([offset.add(values, alpha=other) for _, values, offset in left])
+        total += _total(group, left, lambda _, values, offset: torch._foreach_add(offset, values, alpha=other))
     return total
 
 
@@ -70,7 +72,7 @@ def add_squares(owner: object, group: Group, into: Sequence[Tensor], values: Seq
     total = run(ADD_SQUARES, taken, factor) if taken else 0.0
     if left:
         update(group, left, _foreach_add, factor)
-        total += _total([moved for moved, _ in left])
+        total += _total(group, left, lambda moved, _: moved)
     return total
 
 
@@ -82,9 +84,7 @@ def wide(value: Tensor) -> Tensor:
 def _sum(owner: object, group: Group, kernel: Kernel, rows: list[Row]) -> float:
     taken, left = split(owner, group, rows, kernel)
     total = run(kernel, taken) if taken else 0.0
-    if left:
-        total += float(torch.stack([_TERMS[kernel](*row) for row in left]).sum())
-    return total
+    return total + _total(group, left, _TERMS[kernel]) if left else total
 
 
 def _write(owner: object, group: Group, kernel: Kernel, rows: list[Row], factor: float) -> None:
@@ -107,16 +107,15 @@ def _foreach_approach(into: list[Tensor], start: list[Tensor], offset: list[Tens
     _foreach_add(into, offset, weight)
 
 
-def _total(values: Sequence[Tensor]) -> float:
-    return float(torch.stack([_norm(value) for value in values]).sum())
+def _total(group: Group, rows: Sequence[Row], values_of: Values) -> float:
+    """The sum of the squares of what ``values_of`` makes of lists of the rows' tensors."""
+    norms: list[Tensor] = []
+    for together in gathered(group, rows):
+        norms += torch._foreach_norm(values_of(*map(list, zip(*together, strict=True))), 2, dtype=torch.float64)
+    return float(torch.stack(norms).square().sum())
 
 
-def _norm(value: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(value, dtype=torch.float64)
-    return norm.square()
-
-
-_TERMS: Mapping[Kernel, Callable[..., Tensor]] = {
-    SQUARES: _norm,
-    DISTANCE: lambda left, right: _norm(left - right),
+_TERMS: Mapping[Kernel, Values] = {
+    SQUARES: lambda values: values,
+    DISTANCE: torch._foreach_sub,
 }

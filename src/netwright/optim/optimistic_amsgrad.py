@@ -133,8 +133,15 @@ class OptimisticAMSGrad(BaseOptimizer):
         if not moved:
             return loss
         mixture = self._observe([(member, grad) for member, _, grad in moved]) if self.span else None
+        placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # a copy to a device for all, not for each
         for member, group, grad in moved:
-            predicted = None if mixture is None else _predict(member.state, mixture)
+            predicted = None
+            if mixture is not None:
+                stored: Tensor = member.state["differences"]
+                where = stored.device, stored.dtype
+                if where not in placed:
+                    placed[where] = mixture.to(stored)
+                predicted = _predict(member.state, placed[where])
             _step(member, grad, predicted, group)
         return loss
 
@@ -225,9 +232,9 @@ def _difference(state: dict[str, Any], grad: Tensor, slot: int | None, span: int
 
 
 def _predict(state: dict[str, Any], mixture: Tensor) -> Tensor:
-    """The last gradient plus the mixture of its last differences."""
+    """The last gradient plus the mixture ``(span,)``, of its device and type, of its last differences."""
     stored: Tensor = state["differences"]
-    predicted = torch.mv(stored.view(len(mixture), -1).mT, mixture.to(stored))
+    predicted = torch.mv(stored.view(len(mixture), -1).mT, mixture)
     return predicted.view(stored.shape[1:]).add_(state["last"])
 
 
