@@ -143,7 +143,7 @@ def test_a_rebuilt_graph_makes_its_tensors_where_the_model_is() -> None:
     rebuilt = rebuild(module, copy.deepcopy(model).to("meta"))
     makers = [node for node in rebuilt.graph.nodes if "arange" in str(node.target)]
     assert len(makers) > 0
-    assert {str(node.kwargs["device"]) for node in makers} == {"meta"}
+    assert all(isinstance(node.kwargs["device"], torch.fx.Node) for node in makers)  # that of the inputs
     assert rebuilt(**{key: tensor.to("meta") for key, tensor in inputs.items()}).logits.device.type == "meta"
 
 
