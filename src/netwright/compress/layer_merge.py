@@ -65,7 +65,9 @@ class LayerMerge:
         ratio: :math:`r`, what the chains may cost, as a share of what they cost now, in (0, 1).
         cost: "latency" measures every convolution that occurs in ONNX Runtime, batch size 1 on one thread, once in a
             process; "macs" counts multiply-accumulates, the same on every machine.
-        actions: "both", "merge" (no layer goes) or "prune" (nothing is merged: layers go with their activations).
+        actions: "both", "merge" (no layer goes) or "prune" (nothing is merged: layers go with their activations). On a
+            plain network of fourteen convolutions "both" left out more than was good: "merge" kept one to three
+            points more, at somewhat less speed. Try both.
         span: the most layers that a choice may hold.
         probe: share of the budget that is spent on training every choice a little before its loss is taken; 0 takes
             the loss as it is.
