@@ -171,9 +171,8 @@ def main() -> None:
         print(json.dumps({"step": name, "ms": round(found, 2), "ratio": round(found / times[REFERENCE], 3)}))
     if asked.only:
         return
-    whole = interleaved(
-        whole_steps(asked.device), max(asked.rounds, 70), asked.device
-    )  # a window of 64 gradients fills first
+    rounds = max(asked.rounds, 70)  # a window of 64 gradients fills first
+    whole = interleaved(whole_steps(asked.device), rounds, asked.device)
     for name, found in whole.items():
         base = "SGD, whole step" if name.startswith(("MFAC", "SGD")) else "Adam, whole step"
         print(json.dumps({"step": name, "ms": round(found, 2), "over": base, "ratio": round(found / whole[base], 3)}))

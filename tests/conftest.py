@@ -8,6 +8,7 @@ from netwright.core.machine import instruction_sets
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "vnni: compares numbers that saturate where the processor has no VNNI")
+    config.addinivalue_line("markers", "cuda: runs on a CUDA device")
 
 
 _LONGEST = (
@@ -27,11 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Without VNNI a product of uint8 and int8 pairs saturates at 16 bits, so integers differ from their simulation.
     """
     items.sort(key=_rank)
-    if "vnni" in instruction_sets():
-        return
+    missing = {}
+    if "vnni" not in instruction_sets():
+        missing["vnni"] = "this processor has no VNNI: uint8 by int8 products saturate"
+    if not torch.cuda.is_available():
+        missing["cuda"] = "there is no CUDA device"
     for item in items:
-        if item.get_closest_marker("vnni"):
-            item.add_marker(pytest.mark.skip(reason="this processor has no VNNI: uint8 by int8 products saturate"))
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -7,22 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.utils.data import TensorDataset
 
 from netwright.core.builtin.networks import ResNet
-from netwright.core.data import Data
-from netwright.core.recipe import Recipe
-from netwright.core.score import accuracy
-from netwright.core.task import Task
 from netwright.search import GraphHyperNetwork, GrowingNetwork, SuperNet
 from netwright.search.amended_darts import AmendedDARTS
 from netwright.search.darts import DARTS
 from netwright.search.manas import MANAS
 from netwright.search.rarts import RARTS
 from netwright.search.relaxed import Mixed
+from tests.cuda.pictures import StopError, make_task
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.cuda
 
 SEARCHES: dict[str, Callable[..., Any]] = {
     "darts": lambda **settings: DARTS(order=2, **settings),
@@ -30,22 +25,6 @@ SEARCHES: dict[str, Callable[..., Any]] = {
     "rarts": RARTS,
     "manas": MANAS,
 }
-
-
-class StopError(Exception):
-    """Where a search is cut off."""
-
-
-def images(size: int, seed: int) -> TensorDataset:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(3, (size,), generator=generator)
-    return TensorDataset(torch.randn(size, 1, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1), labels)
-
-
-def make_task(model: Callable[[], nn.Module]) -> Task:
-    data = Data(images(96, 0), images(48, 1), images(48, 2))
-    recipe = Recipe(epochs=4, batch_size=16)
-    return Task("images", model, data, functional.cross_entropy, accuracy, recipe=recipe)
 
 
 def mixed() -> nn.Module:

@@ -7,15 +7,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import TensorDataset
 
 from netwright.core.builtin.networks import ResNet
 from netwright.core.checkpoint import load_checkpoint
-from netwright.core.data import Data
 from netwright.core.evaluate import evaluate
 from netwright.core.fit import Record, fit
-from netwright.core.recipe import Recipe
-from netwright.core.score import accuracy
 from netwright.core.task import Task
 from netwright.optim import AutoClip, SwitchEMA, available, create
 from netwright.param import (
@@ -27,33 +23,17 @@ from netwright.param import (
     orthonormal_,
     weight_conditioning,
 )
+from tests.cuda.pictures import StopError, images, make_task
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def images(size: int, seed: int) -> TensorDataset:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(3, (size,), generator=generator)
-    return TensorDataset(torch.randn(size, 1, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1), labels)
+pytestmark = pytest.mark.cuda
 
 
-def make_task(**recipe: Any) -> Task:
-    return Task(
-        "images",
-        lambda: nn.Sequential(ResNet(1, 8, 3), nn.Dropout(0.1)),
-        Data(images(96, 0), images(48, 1), images(48, 2)),
-        loss=functional.cross_entropy,
-        score=accuracy,
-        recipe=Recipe(**{"epochs": 4, "batch_size": 16, **recipe}),
-    )
+def pictures(**recipe: Any) -> Task:
+    return make_task(lambda: nn.Sequential(ResNet(1, 8, 3), nn.Dropout(0.1)), **recipe)
 
 
 def weights(model: nn.Module) -> torch.Tensor:
     return torch.cat([value.double().flatten() for value in model.state_dict().values()])
-
-
-class StopError(Exception):
-    """Where a training is cut off."""
 
 
 RECIPES = {
@@ -70,7 +50,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_fit_repeats_and_resumes_to_the_last_bit(name: str, tmp_path: Any) -> None:
-    task = make_task(**RECIPES[name])
+    task = pictures(**RECIPES[name])
     whole = fit(task.build(0), task, seed=5).model
     assert next(whole.parameters()).device.type == "cpu"  # it comes home
     assert torch.equal(weights(whole), weights(fit(task.build(0), task, seed=5).model))
@@ -88,14 +68,14 @@ def test_a_fit_repeats_and_resumes_to_the_last_bit(name: str, tmp_path: Any) -> 
 
 
 def test_a_fit_on_cuda_learns_what_one_on_the_cpu_learns() -> None:
-    task = make_task(epochs=10)
+    task = pictures(epochs=10)
     there, here = (fit(task.build(0), task, seed=1, device=device).model for device in ("cuda", "cpu"))
     assert evaluate(there, task, "val") == pytest.approx(evaluate(here, task, "val"), abs=0.15)
     assert evaluate(there, task, "val") > 0.6
 
 
 def test_a_model_that_lives_on_cuda_stays_there_and_leaves_the_generator_alone() -> None:
-    task = make_task(epochs=1)
+    task = pictures(epochs=1)
     before = torch.cuda.get_rng_state()
     model = fit(task.build(0).cuda(), task, seed=1, teacher=task.build(1)).model
     assert all(value.is_cuda for value in model.state_dict().values())

@@ -31,9 +31,6 @@ def test_torch_optimizers_pass(make, claims):
     check_optimizer(make, steps=STEPS, **claims)
 
 
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 class Momentum(Optimizer):
     """A correct method with every feature; the classes below break one property each."""
 
@@ -299,7 +296,7 @@ BROKEN = [
     (Widens, "bf16"),
     (Bf16Sign, "bf16"),
     (ComplexModulus, "complex"),
-    pytest.param(TurnsOnCuda, "device", marks=NEEDS_CUDA),
+    pytest.param(TurnsOnCuda, "device", marks=pytest.mark.cuda),
 ]
 
 

@@ -23,9 +23,6 @@ def mlp():
     return small()[1:2]
 
 
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 @dataclass(frozen=True)
 class Noise:
     """Adds noise to the weights and recovers for the budget: a correct transform. The others break one property."""
@@ -363,7 +360,7 @@ BROKEN = [
     (Wordless, "progress"),
     (AcceptsInfinity, "errors"),
     (WrongError, "errors"),
-    pytest.param(ReturnsToTheCpu, "device", marks=NEEDS_CUDA),
+    pytest.param(ReturnsToTheCpu, "device", marks=pytest.mark.cuda),
 ]
 # Each of these must break something else too: the same weights trained twice, outputs that cannot be compared, ...
 CONSEQUENCES = {Function, TwoOutputs, HalfPrecision, Explodes, SharesWeights, Untraceable}
