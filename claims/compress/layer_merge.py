@@ -1,4 +1,4 @@
-"""Merging layers against leaving out layers, at the same limit of measured latency."""
+"""Merging layers against leaving out layers, both at least 1.3 times as fast."""
 
 from torch import nn
 
@@ -14,12 +14,14 @@ PAPER = 100
 CLAIM = (
     "A plain network of four blocks 1x1-3x3-1x1 on 6,000 Fashion-MNIST images becomes at least 1.3 times as fast in "
     "ONNX Runtime by merging layers and loses less than one point of test accuracy (where not, its accuracy counts as "
-    "0), and has a higher test accuracy than when layers are left out instead, for the same latency limit and the same "
-    "training."
+    "0), and has a higher test accuracy than when layers are left out instead, with the same training, at the best on "
+    "val of three latency limits that make it as fast."
 )
 BETTER = "higher"
 SEEDS = 3
 RATIO = 0.7
+LIMITS = (0.7, 0.8, 0.9)  # three tries for leaving out, whose networks become faster than they have to be
+FASTER = 1.3
 EPOCHS = 3.0
 
 
@@ -37,14 +39,23 @@ def plain_network() -> nn.Module:
     return nn.Sequential(*layers, conv(32, 64, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-def only_pruned(model: nn.Module, task: Task, epochs: float, seed: int, cost: CostKind, items: int) -> nn.Module:
-    """Layers left out alone, at the same limit; where that is out of reach, at the smallest one within it."""
-    for ratio in (RATIO, 0.8, 0.9, 0.95):
+def only_pruned(
+    model: nn.Module, task: Task, epochs: float, seed: int, cost: CostKind, items: int
+) -> tuple[nn.Module, float]:
+    """Layers left out alone, and the speed-up: of those fast enough at some limit the best on val, else the fastest."""
+    found: list[tuple[bool, float, float, nn.Module]] = []
+    for ratio in LIMITS:
         try:
-            return LayerMerge(ratio, cost=cost, actions="prune", items=items)(model, task, budget=epochs, seed=seed)
+            cut = LayerMerge(ratio, cost=cost, actions="prune", items=items)(model, task, budget=epochs, seed=seed)
         except TransformError:
             continue
-    return model
+        speed = 1 / compare(cut, model, task.example()).median
+        enough = speed >= FASTER
+        found.append((enough, evaluate(cut, task, "val") if enough else speed, speed, cut))
+    if not found:
+        return model, 1.0
+    _, _, speed, best = max(found, key=lambda entry: entry[:2])
+    return best, speed
 
 
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
@@ -53,16 +64,14 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     epochs, items = (0.2, 16) if smoke else (EPOCHS, 256)
     cost: CostKind = "macs" if smoke else "latency"  # every convolution that occurs is timed
     ours = LayerMerge(RATIO, cost=cost, actions="merge", items=items)(model, task, budget=epochs, seed=seed)
-    theirs = only_pruned(model, task, epochs, seed, cost, items)
-    speed = {
-        name: 1 / compare(each, model, task.example()).median for name, each in (("ours", ours), ("prune", theirs))
-    }
+    theirs, their_speed = only_pruned(model, task, epochs, seed, cost, items)
+    speed = 1 / compare(ours, model, task.example()).median
     whole, merged = evaluate(model, task, "test"), evaluate(ours, task, "test")
     return {
-        "method": merged if speed["ours"] >= 1.3 and whole - merged < 0.01 else 0.0,
+        "method": merged if speed >= FASTER and whole - merged < 0.01 else 0.0,
         "baseline": evaluate(theirs, task, "test"),
         "accuracy": merged,
         "whole": whole,
-        "speedup": speed["ours"],
-        "baseline_speedup": speed["prune"],
+        "speedup": speed,
+        "baseline_speedup": their_speed,
     }
