@@ -2,8 +2,10 @@
 
 Proposals to 95, 98 and 99% of the true front's hypervolume (validation accuracy against measured latency), exact since
 the table is, with the time a suggestion took. Every line of the output file is one sampler on one data set with one
-seed; what is there already is not run again, so that the run can be stopped and started at will. The last lines printed
-are the medians.
+seed; what is there already is not run again, so that the run can be stopped and started at will, and a part of it can
+be made anew by taking its lines out. The last lines printed are the medians.
+
+A cell has no bits, so APQ's row is its predictor without the transfer that it is for.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from typing import Any
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 
-from netwright.search import LINASSampler, NASBench201, WLSampler, evaluations_to, nasbench201
+from netwright.search import APQSampler, LINASSampler, NASBench201, WLSampler, evaluations_to, nasbench201
 from netwright.search.space import SearchSpace
 
 SHARES = (0.95, 0.98, 0.99)
@@ -29,9 +31,10 @@ SAMPLERS: Mapping[str, Callable[[NASBench201, int], BaseSampler]] = {
     "GP": lambda table, seed: GPSampler(seed=seed),
     "LINAS": lambda table, seed: LINASSampler(table.space, seed=seed),
     "LINAS, decisions only": lambda table, seed: LINASSampler(SearchSpace(table.space.decisions), seed=seed),
+    "APQ": lambda table, seed: APQSampler(table.space, seed=seed),
     "WL": lambda table, seed: WLSampler(table.space, seed=seed),
 }
-LIMITS = {"TPE": 1000, "GP": 300, "WL": 1000}
+LIMITS = {"TPE": 1000, "GP": 300, "APQ": 1000, "WL": 1000}
 """Proposals after which a sampler whose suggestions grow dear is stopped; 4,000 for the others."""
 
 
@@ -86,7 +89,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=["cifar10", "cifar100", "imagenet"], default=["cifar100"])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(20)))
     parser.add_argument("--limit", type=int, default=4000, help="proposals after which a run ends")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/search.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "search_table.jsonl")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     options.out.parent.mkdir(parents=True, exist_ok=True)

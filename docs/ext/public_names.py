@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import itertools
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -81,10 +82,13 @@ def sources(module: str) -> dict[str, str]:
 
 
 def imports(tree: ast.Module) -> dict[str, str]:
-    """Name to module for every ``from module import name`` at the top of a file."""
+    """Name to module for every ``from module import name`` at the top of a file, for type checkers alone or not."""
+    checked = [
+        node.body for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
     return {
         alias.asname or alias.name: node.module
-        for node in tree.body
+        for node in itertools.chain(tree.body, *checked)
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
     }

@@ -17,7 +17,7 @@ from netwright.compress._saliency import saliency_magnitude
 from netwright.compress._trainable_gate_hook import GateTraining, gate, gated_places, slope
 from netwright.compress._trainable_gate_macs import MacModel, closed_units
 from netwright.compress.trainable_gate import TrainableGate, _start
-from netwright.core.data import call
+from netwright.core.data import Data, call
 from netwright.core.errors import NothingToPruneError, TransformError
 from netwright.core.fit import fit
 from netwright.core.graph import export_model, trace
@@ -157,6 +157,49 @@ def test_slopes_are_finite_differences_of_the_share() -> None:
         assert (macs.share(moved).item() - share) / 1e-6 == pytest.approx(float(slopes[name][1]), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["plain-cnn", "resnet"])
+def test_blocks_of_lowest_mean_go_and_multiples_stay(name) -> None:
+    model, inputs = build(name)
+    graph = trace(model, inputs)
+    macs = MacModel(graph, graph.groups)
+    values = {group.name: torch.rand(group.size, dtype=torch.float64) for group in graph.groups}
+    found = closed_units(macs, values, 0.4, dict.fromkeys(values, 3))
+    gates = {name: torch.ones(len(value)) for name, value in values.items()}
+    blocks = []
+    for group, value in values.items():
+        ordered = value.argsort(descending=True).split(3)
+        blocks += [(float(value[units].mean()), group, units) for units in ordered[1:]]
+    blocks.sort(key=lambda entry: entry[0])
+    gone = 0
+    while macs.share(gates).item() > 0.4:
+        gates[blocks[gone][1]][blocks[gone][2]] = 0.0
+        gone += 1
+    for _, group, units in reversed(blocks[:gone]):
+        gates[group][units] = 1.0
+        if macs.share(gates).item() > 0.4:
+            gates[group][units] = 0.0
+    assert {group: [i for i, open_ in enumerate(gate) if not open_] for group, gate in gates.items()} == {
+        group: found.get(group, []) for group in gates
+    }
+    assert all(sum(gate) % 3 == 0 or sum(gate) == len(gate) for gate in gates.values())
+
+
+@pytest.mark.parametrize(("share", "least"), [(0.4, 4), (0.02, 1)])
+def test_wide_groups_keep_multiples_while_the_budget_allows_it(share, least) -> None:
+    task = small_tasks()[0]
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 3))
+    splits = [torch.utils.data.TensorDataset(torch.rand(32, 16), torch.zeros(32).long()) for _ in range(3)]
+    task = dataclasses.replace(task, model=model, data=Data(*splits), loss=functional.cross_entropy)
+    smaller = TrainableGate(share)(model, task, budget=0)
+    widths = smaller[0].out_features, smaller[2].out_features
+    assert total_macs(export_model(smaller, task.example())) <= share * total_macs(export_model(model, task.example()))
+    assert [widths[0] % least, widths[1] % (2 * least if least > 1 else 1)] == [0, 0]
+    assert least > 1 or min(widths) < 4
+    chosen = TrainableGate(0.4, round_to=16)(model, task, budget=0)
+    assert chosen[0].out_features == 16
+    assert chosen[2].out_features % 16 == 0
+
+
 @pytest.mark.parametrize("name", ["plain-cnn", "vgg", "mobilenet-v2"])
 def test_fewest_lowest_units_meet_the_target(name) -> None:
     model, inputs = build(name)
@@ -215,6 +258,7 @@ def test_conforms() -> None:
         ({"distill": 1}, "distill must be true or false"),
         ({"inexact": None}, "inexact must be true or false"),
         ({"exclude": "fc"}, "exclude must be a sequence of names"),
+        ({"round_to": 0}, "round_to must be a positive integer, got 0"),
     ],
 )
 def test_refuses_settings(settings, message) -> None:

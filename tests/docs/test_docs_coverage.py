@@ -96,6 +96,7 @@ def test_a_name_without_docstring_or_page_is_a_complaint() -> None:
 
 def test_imports_see_through_renaming() -> None:
     assert imports(ast.parse("from a.b import c as d, e\nimport f\n")) == {"d": "a.b", "e": "a.b"}
+    assert imports(ast.parse("if TYPE_CHECKING:\n    from a import b\nelse:\n    from c import d\n")) == {"b": "a"}
 
 
 def test_formulas_become_mathml() -> None:

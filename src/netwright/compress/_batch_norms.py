@@ -1,5 +1,7 @@
 """Batch norms of a traced graph as modules whose statistics follow the data again."""
 
+import itertools
+
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -69,7 +71,8 @@ def norm_of(module: fx.GraphModule, node: fx.Node) -> _BatchNorm | None:
 
 def free_name(module: nn.Module, stem: str) -> str:
     """A name that ``module`` does not use yet."""
-    return next(name for name in (stem, *(f"{stem}_{count}" for count in range(1, 10**6))) if not hasattr(module, name))
+    names = itertools.chain([stem], (f"{stem}_{count}" for count in itertools.count(1)))
+    return next(name for name in names if not hasattr(module, name))
 
 
 def drop_unused(module: fx.GraphModule) -> None:

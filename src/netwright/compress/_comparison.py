@@ -4,24 +4,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from bokeh.embed import file_html
-from bokeh.layouts import row
-from bokeh.models import ColumnDataSource, HoverTool, Range1d
-from bokeh.models.annotations import LabelSet
-from bokeh.models.layouts import LayoutDOM
-from bokeh.plotting import figure
-from bokeh.resources import INLINE
+from typing import TYPE_CHECKING, Any
 
 from netwright.core.cost import Cost
 from netwright.core.errors import ArtifactError
 from netwright.core.files import atomic_write
 from netwright.core.timing import Ratio
 
+if TYPE_CHECKING:
+    from bokeh.models.layouts import LayoutDOM
+
 __all__ = ["Comparison", "Row"]
 
-_INK, _ACCENT, _SOFT = "#222222", "#0b6e99", "#8a8a8a"
 _HEADS = ("Method", "Val", "Test", "Latency", "Size", "MACs", "Zeros", "Seconds")
 
 
@@ -106,9 +100,11 @@ class Comparison:
         failed = [f"{entry.name} failed: {entry.error}" for entry in self.rows if entry.error]
         return "\n".join([*text, *failed])
 
-    def plot(self) -> LayoutDOM:
+    def plot(self) -> "LayoutDOM":
         """A Bokeh figure: validation score against measured latency, and against the size of the file."""
-        return row(_panel(self, "latency"), _panel(self, "size"), sizing_mode="stretch_width")
+        from netwright.compress._comparison_figure import drawn  # Bokeh takes half a second to import
+
+        return drawn(self)
 
     def save(self, path: str | Path) -> Path:
         """Write the figure and the table as one HTML file that needs no network.
@@ -116,10 +112,10 @@ class Comparison:
         Raises:
             ArtifactError: a path that cannot be written.
         """
-        page = file_html(self.plot(), INLINE, f"Compression of {self.task}")
-        table = f"<pre style='font:13px/1.5 monospace;margin:2em'>{_escaped(self.table())}</pre></body>"
+        from netwright.compress._comparison_figure import page
+
         with atomic_write(Path(path), ArtifactError) as place:
-            place.write_text(page.replace("</body>", table), encoding="utf-8")
+            place.write_text(page(self), encoding="utf-8")
         return Path(path)
 
     def to_json(self) -> str:
@@ -142,46 +138,3 @@ def _cells(entry: Row, baseline: Row) -> tuple[str, ...]:
         "-" if entry.zeros is None else f"{entry.zeros:.1%}",
         f"{entry.seconds:.1f}",
     )
-
-
-def _panel(found: Comparison, axis: str) -> figure:
-    entries = [entry for entry in (found.baseline, *found.rows) if entry.cost is not None]
-    reference = found.baseline.cost
-    assert reference is not None
-    shares = []
-    for entry in entries:
-        assert entry.cost is not None
-        size = entry.cost.size_bytes / reference.size_bytes
-        shares.append(size if axis == "size" else 1.0 if entry.ratio is None else entry.ratio.median)
-    source = ColumnDataSource(
-        {
-            "share": shares,
-            "val": [entry.val for entry in entries],
-            "name": [entry.name for entry in entries],
-            "color": [_SOFT if entry is found.baseline else _ACCENT for entry in entries],
-        }
-    )
-    scores = [entry.val for entry in entries if entry.val is not None]
-    margin = 0.08 * (max(scores) - min(scores)) or 0.01
-    panel = figure(
-        height=380,
-        x_axis_type="log",
-        x_range=Range1d(start=0.8 * min(shares), end=1.7 * max(shares)),
-        x_axis_label=f"{'Latency' if axis == 'latency' else 'Size on disk'} (share of the baseline's)",
-        y_range=Range1d(start=min(scores) - margin, end=max(scores) + 1.5 * margin),
-        y_axis_label="Score on validation",
-        sizing_mode="stretch_width",
-        toolbar_location="above",
-    )
-    dots = panel.scatter("share", "val", color="color", size=10, source=source)
-    panel.add_tools(
-        HoverTool(renderers=[dots], tooltips=[("", "@name"), (axis, "@share{0.000}x"), ("score", "@val{0.0000}")])
-    )
-    labels = LabelSet(x="share", y="val", text="name", x_offset=7, y_offset=5, source=source, text_color=_INK)
-    labels.text_font_size = "11px"
-    panel.add_layout(labels)
-    return panel
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -14,6 +14,7 @@ from netwright.core.graph.macs import count_macs
 __all__ = ["MacModel", "closed_units"]
 
 Units = dict[str, list[int]]
+Block = tuple[str, tuple[int, ...]]  # a group and units of it that go together
 
 
 @dataclass(frozen=True)
@@ -80,68 +81,70 @@ class MacModel:
         }
 
 
-def closed_units(macs: MacModel, values: Mapping[str, Tensor], target: float) -> Units:
+def closed_units(
+    macs: MacModel, values: Mapping[str, Tensor], target: float, blocks: Mapping[str, int] | None = None
+) -> Units:
     """The units with the lowest values, as few as bring the operations to at most ``target`` of all.
 
-    The unit of highest value of each group stays. Units that save nothing stay too. Where the last unit saved more
-    than was asked for, closed units that fit into the rest open again, those of highest value first.
+    Units of a group go in blocks, in the order of their values, blocks by their mean; the block of highest value of
+    each group stays. Units that save nothing stay too. Where the last block saved more than was asked for, closed
+    blocks that fit into the rest open again, those of highest value first.
 
     Args:
         macs: what units cost.
         values: ``(size,)`` for each group.
         target: the share of the operations that may remain.
+        blocks: units that go together for each group, such that a multiple stays; 1 where it is silent.
 
     Raises:
         TransformError: what has to stay costs more.
     """
     open_ = {name: torch.ones(len(value), dtype=torch.float64) for name, value in values.items()}
     _, slopes = macs.slopes(open_)
-    ranked = sorted(
-        (value, position, name, unit)
-        for position, (name, scores) in enumerate(values.items())
-        for unit, value in enumerate(scores.tolist())
-        if unit != int(scores.argmax()) and float(slopes[name][unit]) > 0
-    )
+    ranked: list[Block] = []
+    for name, scores in values.items():
+        block, costs = (blocks or {}).get(name, 1), slopes[name].tolist()
+        ordered = [unit for unit in scores.argsort(stable=True).tolist() if costs[unit] > 0]
+        ends = range(len(ordered), 0, -block)[1:]  # without the block of highest value
+        ranked += [(name, tuple(ordered[max(0, end - block) : end])) for end in ends]
+    ranked.sort(key=lambda entry: float(values[entry[0]][list(entry[1])].mean()))
 
     def share(count: int) -> float:
         gates = {name: gate.clone() for name, gate in open_.items()}
-        for _, _, name, unit in ranked[:count]:
-            gates[name][unit] = 0.0
+        for name, units in ranked[:count]:
+            gates[name][list(units)] = 0.0
         return macs.share(gates).item()
 
     least = share(len(ranked))
     if least > target:
+        what = "block" if max((blocks or {}).values(), default=1) > 1 else "unit"
         raise TransformError(
-            f"TrainableGate.macs={target:g} is out of reach: with one unit left in every group {least:.4f} of the "
+            f"TrainableGate.macs={target:g} is out of reach: with one {what} left in every group {least:.4f} of the "
             "multiply-accumulates remain. Raise macs."
         )
     low, high = 0, len(ranked)  # share(high) meets the target
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if share(middle) <= target else (middle + 1, high)
-    closed = _reopened(macs, open_, [(name, unit) for _, _, name, unit in ranked[:high]], target)
     found: Units = {}
-    for name, unit in closed:
-        found.setdefault(name, []).append(unit)
+    for name, units in _reopened(macs, open_, ranked[:high], target):
+        found.setdefault(name, []).extend(units)
     return {name: sorted(units) for name, units in found.items()}
 
 
-def _reopened(
-    macs: MacModel, gates: dict[str, Tensor], closed: list[tuple[str, int]], target: float
-) -> list[tuple[str, int]]:
-    """``closed`` without the units that fit into what is left of the target; from the last, of highest value, on."""
+def _reopened(macs: MacModel, gates: dict[str, Tensor], closed: list[Block], target: float) -> list[Block]:
+    """``closed`` without the blocks that fit into what is left of the target; from the last, of highest value, on."""
     gates = {name: value.clone() for name, value in gates.items()}
-    for name, unit in closed:
-        gates[name][unit] = 0.0
-    share, slopes = macs.slopes(gates)
-    left = list(closed)
-    for name, unit in reversed(closed):
-        if share + float(slopes[name][unit]) > target:
+    for name, units in closed:
+        gates[name][list(units)] = 0.0
+    left, full = list(closed), set[str]()
+    for name, units in reversed(closed):
+        if name in full:
             continue
-        gates[name][unit] = 1.0
-        if macs.share(gates).item() > target:  # a unit that meets itself in one weight costs more than its slope
-            gates[name][unit] = 0.0
-            continue
-        left.remove((name, unit))
-        share, slopes = macs.slopes(gates)
+        gates[name][list(units)] = 1.0
+        if macs.share(gates).item() > target:
+            gates[name][list(units)] = 0.0
+            full.add(name)
+        else:
+            left.remove((name, units))
     return left

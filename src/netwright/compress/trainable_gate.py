@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from netwright.compress._groups import chosen_groups
 from netwright.compress._saliency import saliency_magnitude
-from netwright.compress._settings import check_choice, check_flag, check_number, check_ratio, check_weights
+from netwright.compress._settings import check_choice, check_count, check_flag, check_number, check_ratio, check_weights
 from netwright.compress._sparse_recipe_masks import checked_names, shared_epochs
 from netwright.compress._trainable_gate_hook import GateTraining, gated_places
 from netwright.compress._trainable_gate_macs import MacModel, closed_units
@@ -52,7 +52,7 @@ class TrainableGate:
     maximum) and :math:`\bar c'` the mean of the second, :math:`\lambda` = ``strength``, :math:`r` = ``reach``. A
     closed gate keeps its gradient, so units come back. Gates start at the magnitude of their unit over the mean of
     its group. After ``search`` of the training the units of lowest :math:`w_u` are cut out, as few as the budget
-    asks for, and the rest of the training goes to the smaller network.
+    asks for and in blocks of ``round_to``, and the rest of the training goes to the smaller network.
 
     Args:
         macs: share of the model's multiply-accumulates that may remain, in (0, 1).
@@ -63,6 +63,9 @@ class TrainableGate:
         distill: train with the given model as teacher.
         inexact: also gate groups whose removal changes statistics, as a residual stream under layer normalization.
         exclude: names of groups to leave whole.
+        round_to: units that go together, such that a multiple of it stays in every group: kernels work on blocks of
+            channels, and 15 can take twice as long as 16. None is 8 in groups of 64 units and more, 4 in those of 16
+            and more, and 1 in smaller ones, as attention heads are.
 
     Raises:
         TransformError: a setting outside its range; on a call, a budget that one unit in each group exceeds, a name
@@ -90,7 +93,7 @@ class TrainableGate:
     Differs: the paper appends layers of gates; here gates multiply the weights that read a unit, which is the same
         and needs no change of the model. Derived for this code: the scaling of both terms, which makes settings carry
         over between tasks, the falling target, the start by magnitude, the final cut by rank, which meets the budget
-        whatever the gates did, and the last phase without gates.
+        whatever the gates did, its blocks, and the last phase without gates.
 
     Cost: the training that ``budget`` allows (None: the recipe's epochs), of which ``search`` runs at full size with
         two passes over the weights more in each step; one trace, and two passes of two items for each group.
@@ -106,6 +109,7 @@ class TrainableGate:
     distill: bool = True
     inexact: bool = False
     exclude: Sequence[str] = ()
+    round_to: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", checked_names(self, self.exclude))
@@ -116,6 +120,8 @@ class TrainableGate:
         check_choice(self, "shape", self.shape, get_args(Shape))
         for name in ("distill", "inexact"):
             check_flag(self, name, getattr(self, name))
+        if self.round_to is not None:
+            check_count(self, "round_to", self.round_to)
 
     def __call__(
         self,
@@ -143,7 +149,7 @@ class TrainableGate:
         macs = MacModel(graph, groups)
         result = deepcopy(model)
         values = {group.name: _start(saliency_magnitude(model, group).cpu()) for group in groups}
-        closed_units(macs, values, self.macs)  # whether it can be met, before anything is trained
+        blocks = self._blocks(macs, values)  # an error where the budget cannot be met, before anything is trained
         total = (task.recipe or Recipe()).epochs if budget is None else budget
         search, rest = shared_epochs(task, total, [self.search, 1.0 - self.search])
         places = gated_places(graph, model, groups, task.example()) if search > 0 else {}
@@ -172,7 +178,7 @@ class TrainableGate:
         )
         hook.finish()
         report(0.56, "cutting closed units out")
-        smaller = self._cut(graph, result, macs, values, task)
+        smaller = self._cut(graph, result, macs, values, blocks, task)
         report(0.6, "training what is left")
         train(
             self,
@@ -186,11 +192,32 @@ class TrainableGate:
         report(1.0, f"met {self.macs:.3g} of the multiply-accumulates")
         return smaller.eval()
 
-    def _cut(self, graph: Graph, model: nn.Module, macs: MacModel, values: dict[str, Tensor], task: Task) -> nn.Module:
+    def _blocks(self, macs: MacModel, values: dict[str, Tensor]) -> dict[str, int]:
+        """Units of each group that go together; by default fewer where the budget is too small for full blocks."""
+        for most in (8, 4, 1):
+            blocks = {name: self.round_to or min(most, _block(len(value))) for name, value in values.items()}
+            try:
+                closed_units(macs, values, self.macs, blocks)
+            except TransformError:
+                if self.round_to is not None or most == 1:
+                    raise
+            else:
+                break
+        return blocks
+
+    def _cut(
+        self,
+        graph: Graph,
+        model: nn.Module,
+        macs: MacModel,
+        values: dict[str, Tensor],
+        blocks: dict[str, int],
+        task: Task,
+    ) -> nn.Module:
         """The smaller model, within the budget as counted on itself; what a cautious count left over is spent."""
         target, found = self.macs, None
         for _ in range(_ATTEMPTS):
-            units = closed_units(macs, values, target)
+            units = closed_units(macs, values, target, blocks)
             smaller = graph.shrink(model, units).eval()
             share = total_macs(export_model(smaller, task.example())) / macs.total
             if share > self.macs:
@@ -212,6 +239,11 @@ def _counted(macs: MacModel, values: dict[str, Tensor], units: dict[str, list[in
     for name, closed in units.items():
         gates[name][closed] = 0.0
     return macs.share(gates).item()
+
+
+def _block(size: int) -> int:
+    """Units of a group that go together by default."""
+    return 8 if size >= 64 else 4 if size >= 16 else 1
 
 
 def _start(magnitude: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ each of a private domain, which :mod:`netwright.core.onnx_quantized` turns into 
 from typing import Any
 
 import onnx
-import onnxscript
 import torch
 from torch import Tensor
 
@@ -57,6 +56,8 @@ def translations() -> dict[Any, Any]:
 
 def _operation() -> Any:
     """The private ONNX operator ``FakeQuantize(x, scale, zero_point; axis, low, high)``."""
+    import onnxscript  # here, since it takes as long to import as half of torch, and only an export needs it
+
     schema = onnx.defs.OpSchema
     parameter, attribute = schema.FormalParameter, schema.Attribute
     return onnxscript.values.Op(

@@ -48,9 +48,20 @@ class Case:
         return self.make()(model, task, **{"seed": self.seed, **arguments})
 
     @cached_property
+    def observed(self) -> "Observed":
+        """One application, with all that can be seen of it at once: methods may take a while."""
+        model, calls, test = self.model().train(), list[tuple[float, str]](), _Watched(self.task.data.test)
+        task = dataclasses.replace(self.task, data=dataclasses.replace(self.task.data, test=test))
+        with seeded(1):  # not the state in which :func:`_determinism` applies it again
+            before = torch.get_rng_state()
+            result = self.apply(model, task=task, progress=lambda fraction, what: calls.append((fraction, what)))
+            drawn = not torch.equal(before, torch.get_rng_state())
+        return Observed(model, result, drawn, test.read, calls)
+
+    @property
     def result(self) -> nn.Module:
         """The transformed model; not to be changed."""
-        return self.apply(self.model())
+        return self.observed.result
 
     def inputs(self, size: int) -> Inputs:
         """The first inputs of the validation set."""
@@ -59,6 +70,39 @@ class Case:
     def batch(self) -> Batch:
         """The first eight training items."""
         return next(batches(self.task.data.train, 8))
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """One application of a transform.
+
+    Args:
+        model: what it was given, in training mode.
+        result: what it returned.
+        drawn: whether the global random state moved.
+        read: whether the test split was read.
+        calls: of ``progress``.
+    """
+
+    model: nn.Module
+    result: nn.Module
+    drawn: bool
+    read: bool
+    calls: list[tuple[float, str]]
+
+
+class _Watched:
+    """A dataset that knows whether it was read."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset, self.read = dataset, False
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        self.read = True
+        return self.dataset[index]
 
 
 def _settings(case: Case) -> None:
@@ -92,15 +136,11 @@ def _untouched(case: Case) -> None:
 
 
 def _random_state(case: Case) -> None:
-    before = torch.get_rng_state()
-    case.apply(case.model())
-    expect(torch.equal(before, torch.get_rng_state()), "the global random state of torch was advanced.")
+    expect(not case.observed.drawn, "the global random state of torch was advanced.")
 
 
 def _result(case: Case) -> None:
-    model = case.model()
-    model.train()
-    result = case.apply(model)
+    model, result = case.observed.model, case.observed.result
     expect(isinstance(result, nn.Module), f"the result is a {type(result).__name__}, not an nn.Module.")
     expect(result is not model, "the result is the given model itself.")
     training = [name or "the model" for name, module in result.named_modules() if module.training]
@@ -126,13 +166,11 @@ def _finite(case: Case) -> None:
 
 
 def _determinism(case: Case) -> None:
-    results = []
-    for state in (1, 2):
-        with seeded(state):
-            results.append(case.apply(case.model()))
-    first, second = (dict(result.state_dict()) for result in results)
+    with seeded(2):
+        again = case.apply(case.model())
+    first, second = (dict(result.state_dict()) for result in (case.result, again))
     expect(equal(first, second), "two results of the same seed have different weights.")
-    apart = gap(*(outputs(result, case.inputs(8)) for result in results))
+    apart = gap(*(outputs(result, case.inputs(8)) for result in (case.result, again)))
     expect(apart == 0.0, f"the outputs of two results of the same seed differ by {apart:.3g} of the largest.")
 
 
@@ -182,22 +220,8 @@ def _onnx(case: Case) -> None:
             )
 
 
-class _Sealed:
-    """A dataset that must not be read."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.size = len(dataset)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Any:
-        raise AssertionError("the test split was read.")
-
-
 def _test_split(case: Case) -> None:
-    data = dataclasses.replace(case.task.data, test=_Sealed(case.task.data.test))
-    case.apply(case.model(), task=dataclasses.replace(case.task, data=data))
+    expect(not case.observed.read, "the test split was read.")
 
 
 def _budget(case: Case) -> None:
@@ -224,8 +248,7 @@ def _trained_items(case: Case, budget: float) -> int:
 
 
 def _progress(case: Case) -> None:
-    calls: list[tuple[float, str]] = []
-    case.apply(case.model(), progress=lambda fraction, what: calls.append((fraction, what)))
+    calls = case.observed.calls
     fractions = [fraction for fraction, _ in calls]
     expect(bool(calls), "progress is never called.")
     expect(all(0 <= fraction <= 1 for fraction in fractions), f"fractions leave [0, 1]: {fractions}.")
