@@ -1,6 +1,7 @@
 """Shared settings of the test suite."""
 
 import gc
+import importlib
 
 import pytest
 import torch
@@ -42,7 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Modules and tests live to the end: the collector need not look at their millions of objects again and again."""
+    """Modules and tests live to the end: the collector need not look at their millions of objects again and again.
+
+    Hypothesis looks by the collector for who holds generators, so that it has to come before.
+    """
+    importlib.import_module("hypothesis")
     gc.collect()
     gc.freeze()
 

@@ -45,7 +45,7 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     dense = trained(task, seed)
     tried = {
         "baseline": [uniform(dense, task, saliency, seed) for saliency in ("magnitude", "taylor")],
-        "method": [TrainableGate(MACS, search=search)(dense, task, seed=seed) for search in (0.2, 0.4)],
+        "method": [TrainableGate(MACS, search=search, round_to=1)(dense, task, seed=seed) for search in (0.2, 0.4)],
     }
     found = {"dense": evaluate(dense, task, "test")}
     for name, models in tried.items():

@@ -178,7 +178,7 @@ def test_the_programme_equals_exhaustive_search(seed):
     draw = random.Random(seed)
     size, levels = 5, 40
     entries = [
-        Entry(start, stop, draw.randint(1, 20) / 40, draw.choice((draw.random(), 1.0)))
+        Entry(start, stop, draw.randint(1, 20) / 40, draw.choice((-draw.random(), 0.0)))
         for start in range(size)
         for stop in range(start + 1, size + 1)
         for _ in range(draw.randint(1, 2) if stop == start + 1 else draw.randint(0, 2))
@@ -213,6 +213,20 @@ def test_importance_is_one_where_nothing_changes():
     assert importance(0.7, 0.7) == 1.0
     assert importance(1.7, 0.7) == pytest.approx(math.exp(-1))
     assert importance(math.nan, 0.7) == 0.0
+
+
+def test_a_choice_counts_for_every_layer_that_it_holds(monkeypatch):
+    """A bottleneck merged, three layers at 0.95, comes before its middle layer left out: two at 1 and one at 0.75."""
+    layers = [nn.Conv2d(4, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 81, 2))
+
+    def told(self, module, found, *_):
+        worth = {(0, 3, (1, 2, 3)): 0.95, (1, 2, ()): 0.75}
+        return [1.0 if each.original else worth.get((each.start, each.stop, each.kept), 0.1) for each in found], 0.0
+
+    monkeypatch.setattr(LayerMerge, "_importances", told)
+    plan = LayerMerge(0.5, cost="macs").plan(model, image_task(model, channels=4))
+    assert [(each.start, each.stop, each.kept) for each in plan] == [(0, 3, (1, 2, 3))]
 
 
 def test_multiply_accumulates_of_a_plan_are_those_of_the_result():
