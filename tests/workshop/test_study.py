@@ -111,6 +111,24 @@ def test_later_rungs_take_the_form_that_was_cheaper(cheap: bool, tmp_path: Path)
         assert search(found, 9, judge)[-1].params["int8"] == cheap
 
 
+@pytest.mark.parametrize("narrow_keeps", [True, False])
+def test_a_form_that_loses_the_score_is_not_taken_on(narrow_keeps: bool, tmp_path: Path) -> None:
+    """Half the size is no gain where the score goes; for a size two rungs in both forms are enough."""
+
+    space, forms = Space((("a", 64), ("b", 256)), {"activation": "uint8"}, widths=(8, 4)), []
+    with open_run(tmp_path / "run") as run:
+        found = study(run, space, target="size<=0.1x")
+        for _ in range(9):
+            proposal = ask(found)
+            narrow = proposal.params["bits"] == 4
+            request = Request(proposal.number, proposal.steps, 1.0, 5, proposal.params)
+            made = point(0.5 if narrow and not narrow_keeps else 0.9, 1.0, 0.5 if narrow else 1.0, *proposal.steps)
+            found.tell(proposal, Outcome(request, made, None, 2.5, epochs=1.25), finished=10.0)
+            forms += [proposal.params["bits"]] if proposal.params["int8"] else []
+    assert forms[:4] == [8, 4, 8, 4]
+    assert set(forms[4:]) == {4 if narrow_keeps else 8}
+
+
 def test_nothing_is_proposed_twice_and_numbers_go_up(tmp_path: Path) -> None:
     with open_run(tmp_path / "run") as run:
         found = study(run)

@@ -133,11 +133,12 @@ class Space:
             found.append(Step("netwright.compress:Codebooks", {"bits": values["codebooks"], "groups": 1}))
         return tuple(found)
 
-    def ladder(self, form: int = 0) -> Sequence[dict[str, Any]]:
+    def ladder(self, form: int = 0, *, both: int = _BOTH_FORMS) -> Sequence[dict[str, Any]]:
         """Proposals to begin with: uniformly thinner and shallower, from the middle outwards.
 
         The second rung is the whole network, which a short run should have tried: rounded only, it mostly keeps the
-        score. The first rungs are tried in two forms or all, the others in that of number ``form`` among :meth:`forms`.
+        score. The first rung is tried in all forms, the next in two of them up to ``both`` rungs, and the others in
+        that of number ``form`` among :meth:`forms`.
         """
         forms = self.forms()
         if not self.groups and not self.branches:
@@ -156,7 +157,7 @@ class Space:
         found: dict[str, dict[str, Any]] = {}  # by what is done: two levels may keep as many blocks
         for number, rung in enumerate(rungs):
             count = len(forms) if number == 0 else 2
-            for way in forms[:count] if number < _BOTH_FORMS else [forms[form]]:
+            for way in forms[:count] if number < both else [forms[form]]:
                 values = {**rung, **neutral, **way}
                 found.setdefault(key(self.steps(values)), values)
         return list(found.values())

@@ -102,9 +102,11 @@ class Study:
     def ask(self) -> Proposal | None:
         """The next candidate, one that was not proposed before; None when the sampler finds no other.
 
-        The ladder comes first, its later rungs in the form that the earlier ones show to be cheapest.
+        The ladder comes first, its later rungs in the form that the earlier ones show to be cheapest. Where the targets
+        are counted, two rungs show it; a latency depends on how thin a network is.
         """
-        for params in self._space.ladder(self._form()):
+        counted = {"both": 2} if "latency" not in self._metrics else {}
+        for params in self._space.ladder(self._form(), **counted):
             if self._is_new(self._space.steps(params)):
                 return self._given(params)
         for _ in range(_TRIES):
@@ -121,7 +123,10 @@ class Study:
         return None
 
     def _form(self) -> int:
-        """Which way of writing weights cost least, next to the first one, where both were tried on the same network."""
+        """Which way of writing weights cost least, next to the first one, where both were tried on the same network.
+
+        One that does not keep the score counts as if it cost nearly three times as much.
+        """
         forms = self._space.forms()
         costs: dict[str, dict[int, float]] = {}
         for entry in self.entries:
@@ -130,7 +135,8 @@ class Study:
                 network = {name: value for name, value in entry.params.items() if name not in forms[0]}
                 shares = ratios(entry.point, self._baseline)
                 cost = math.fsum(math.log(max(shares[metric], _TINY)) for metric in self._metrics)
-                costs.setdefault(repr(sorted(network.items())), {})[used[0]] = cost
+                lost = float(self._violation(entry.point) > 0)
+                costs.setdefault(repr(sorted(network.items())), {})[used[0]] = cost + lost
         gaps = [[cost[n] - cost[0] for cost in costs.values() if n in cost and 0 in cost] for n in range(len(forms))]
         return min(range(len(forms)), key=lambda number: fmean(gaps[number]) if gaps[number] else float(number > 0))
 
