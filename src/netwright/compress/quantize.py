@@ -8,8 +8,6 @@ from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from netwright.compress._fold import attribute, fold_batch_norms, op_name
 from netwright.compress._observe import Observer, grid
@@ -21,6 +19,7 @@ from netwright.core.errors import TransformError
 from netwright.core.evaluate import device_of
 from netwright.core.graph.export import export_model
 from netwright.core.graph.follow import follow_inputs
+from netwright.core.graph.signature import plain_signature
 from netwright.core.task import Task
 from netwright.core.transform import Progress
 
@@ -186,28 +185,12 @@ def trace(model: nn.Module, task: Task) -> fx.GraphModule:
         if node.op == "call_module" or (node.op == "get_attr" and not node.users):  # checks of input shapes, leftovers
             exported.graph.erase_node(node)
     follow_inputs(exported.graph)
-    _plain_signature(exported.graph, program)
+    plain_signature(exported.graph, program, as_dict=True)
     copied = copy.deepcopy(fx.GraphModule(exported, exported.graph, type(model).__name__))
     trainable = {name for name, value in model.named_parameters() if value.requires_grad}
     for name, value in copied.named_parameters():
         value.requires_grad_(name in trainable)
     return copied
-
-
-def _plain_signature(graph: fx.Graph, program: ExportedProgram) -> None:
-    """Let the graph take its tensors as ordinary arguments and return an ordinary tensor, tuple or dict."""
-    spec = program.call_spec
-    assert spec.in_spec is not None
-    assert spec.out_spec is not None
-    args, kwargs = pytree.tree_unflatten([None] * spec.in_spec.num_leaves, spec.in_spec)
-    if any(value is not None for value in (*args, *kwargs.values())):
-        return  # nested inputs: torch's own signature unpacks them
-    output = graph.output_node()
-    (leaves,) = output.args
-    assert isinstance(leaves, list | tuple)
-    result = pytree.tree_unflatten(list(leaves), spec.out_spec)
-    output.args = (dict(result) if isinstance(result, Mapping) else result,)
-    graph.set_codegen(fx.graph.CodeGen())
 
 
 def _is_in_place(node: fx.Node) -> bool:

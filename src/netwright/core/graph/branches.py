@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from netwright.core.data import Inputs
 from netwright.core.graph.export import export_model
 from netwright.core.graph.rebuild import rebuild
+from netwright.core.graph.signature import plain_signature
 
 __all__ = ["Branch", "branch_names", "traced_branches", "without_branches"]
 
@@ -52,8 +53,11 @@ def traced_branches(model: nn.Module, inputs: Inputs) -> tuple[fx.GraphModule, l
     Raises:
         TraceError: the model cannot be traced.
     """
-    module = export_model(model, inputs).module(check_guards=False)
+    program = export_model(model, inputs)
+    module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
+    plain_signature(module.graph, program)
+    module.recompile()
     return module, find_branches(module)
 
 

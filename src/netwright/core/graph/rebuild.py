@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from netwright.core.graph.attributes import LEAVES, submodule
 from netwright.core.graph.follow import follow_inputs
 from netwright.core.graph.resize import Edit
+from netwright.core.graph.signature import plain_signature
 from netwright.core.graph.table import resize_rule_for
 from netwright.core.graph.walk import Walk
 
@@ -58,6 +59,7 @@ def resized(program: ExportedProgram, walk: Walk, removed: npt.NDArray[np.bool_]
         resize = resize_rule_for(node.target) if node.op == "call_function" else None
         if resize is not None and node.name in values:
             resize(Edit(node, values, walk.constraints, removed))
+    plain_signature(module.graph, program)
     return module
 
 
