@@ -117,6 +117,7 @@ def search() -> list[dict[str, Any]]:
             "sampler": row["sampler"],
             "data": row["data"],
             "seeds": row["seeds"],
+            "limit": row["limit"],
             **{f"to {float(share):.0%}": count for share, count in row["median_evaluations_to"].items()},
             **{f"arrived {float(share):.0%}": count for share, count in row["arrived"].items()},
         }
@@ -166,7 +167,7 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
         "fashion": "Fashion-MNIST: " + " ".join(FASHION),
         "spaces": "Which steps and which sampler: the same baseline recipe, target and time",
         "steps": "Optimizer steps over 25M parameters in 160 tensors, and whole steps of a 78k-parameter network",
-        "search": "NAS-Bench-201: median evaluations to shares of the true front's hypervolume, and seeds that arrived",
+        "search": "NAS-Bench-201: median evaluations to shares of the front's hypervolume, and seeds that got there",
         "proposer": "Processor seconds of one suggestion after so many observations (NAS-Bench-201), one thread",
         "pretrained": "Trained networks from packages, rounded to 8 bits: agreement with float on unseen inputs",
     }

@@ -74,6 +74,7 @@ def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "sampler": name,
                 "data": data,
                 "seeds": len(mine),
+                "limit": mine[0]["limit"],
                 "median_evaluations_to": {k: None if math.isinf(v) else v for k, v in middle.items()},
                 "arrived": {share: sum(map(math.isfinite, values)) for share, values in counts.items()},
                 "cpu_s_per_proposal": round(statistics.median(row["cpu_s_per_proposal"] for row in mine), 4),
