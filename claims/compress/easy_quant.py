@@ -37,17 +37,17 @@ def changed(model: nn.Module, whole: nn.Module, task: Task, split: str) -> float
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     task = task_of(separable, items=6000, epochs=6, smoke=smoke)
     model = trained(task, seed)
-    found = {"accuracy": evaluate(model, task, "test")}
+    found, items = {"accuracy": evaluate(model, task, "test")}, 32 if smoke else ITEMS
     for bits in (7, 6):
         weights, activations = levels(bits)
         plain: list[nn.Module] = []
         for kind in ("minmax", "percentile"):
             made = calibrated(
-                "Claim", model, task, weights=weights, activations=activations, items=ITEMS, seed=seed, calibration=kind
+                "Claim", model, task, weights=weights, activations=activations, items=items, seed=seed, calibration=kind
             )
             plain.append(made.module)
         best = min(plain, key=lambda each: changed(each, model, task, "val"))
-        ours = EasyQuant(bits, calibration_items=ITEMS)(model, task, seed=seed)
+        ours = EasyQuant(bits, calibration_items=items)(model, task, seed=seed)
         for name, each in (("method", ours), ("baseline", best)):
             found[f"{name}{bits}"] = changed(each, model, task, "test")
             found[f"{name}{bits}_accuracy"] = evaluate(each, task, "test")
