@@ -108,7 +108,10 @@ def steps() -> list[dict[str, Any]]:
 
 
 def search() -> list[dict[str, Any]]:
-    """Evaluations until samplers have the front of NAS-Bench-201 (benchmarks/search_table.py), twenty seeds."""
+    """Evaluations until samplers have the front of NAS-Bench-201 (benchmarks/search_table.py), twenty seeds.
+
+    Runs that search_table.jsonl holds are not repeated: the table has no noise, so they are the same on any machine.
+    """
     command = [sys.executable, "-m", "benchmarks.search_table", "--data", "cifar10", "cifar100", "imagenet"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]

@@ -178,7 +178,7 @@ def test_the_programme_equals_exhaustive_search(seed):
     draw = random.Random(seed)
     size, levels = 5, 40
     entries = [
-        Entry(start, stop, draw.randint(1, 20) / 40, draw.choice((-draw.random(), 0.0)))
+        Entry(start, stop, draw.randint(1, 20) / 40, draw.choice((draw.random(), 1.0)))
         for start in range(size)
         for stop in range(start + 1, size + 1)
         for _ in range(draw.randint(1, 2) if stop == start + 1 else draw.randint(0, 2))

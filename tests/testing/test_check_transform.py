@@ -273,6 +273,12 @@ class ReadsTest(Noise):
 
 
 @dataclass(frozen=True)
+class TakesTestTensors(Noise):
+    def extra(self, model, task):
+        len(task.data.test.tensors)
+
+
+@dataclass(frozen=True)
 class Spends(Noise):
     def epochs(self, budget):
         return 0.5 if budget is None else 1.5 * budget
@@ -353,6 +359,7 @@ BROKEN = [
     (Untraceable, "exports"),
     (NoOnnx, "onnx"),
     (ReadsTest, "test_split"),
+    (TakesTestTensors, "test_split"),
     (Spends, "budget"),
     (Silent, "progress"),
     (Percent, "progress"),

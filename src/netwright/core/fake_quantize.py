@@ -56,7 +56,7 @@ def translations() -> dict[Any, Any]:
 
 def _operation() -> Any:
     """The private ONNX operator ``FakeQuantize(x, scale, zero_point; axis, low, high)``."""
-    import onnxscript  # here, since it takes as long to import as half of torch, and only an export needs it
+    import onnxscript  # here, since it takes a third as long to import as torch, and only an export needs it
 
     schema = onnx.defs.OpSchema
     parameter, attribute = schema.FormalParameter, schema.Attribute

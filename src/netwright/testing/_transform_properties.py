@@ -104,6 +104,13 @@ class _Watched:
         self.read = True
         return self.dataset[index]
 
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the dataset has, such as its tensors, is read as well."""
+        if name == "dataset" or name.startswith("__"):
+            raise AttributeError(name)
+        self.read = True
+        return getattr(self.dataset, name)
+
 
 def _settings(case: Case) -> None:
     transform = case.make()
@@ -167,7 +174,7 @@ def _finite(case: Case) -> None:
 
 def _determinism(case: Case) -> None:
     with seeded(2):
-        again = case.apply(case.model())
+        again = case.apply(case.model().train())
     first, second = (dict(result.state_dict()) for result in (case.result, again))
     expect(equal(first, second), "two results of the same seed have different weights.")
     apart = gap(*(outputs(result, case.inputs(8)) for result in (case.result, again)))

@@ -25,6 +25,7 @@ _LEVEL = 0.25  # a level is so many octaves
 _SPREAD = 1.0
 _BLOCK = 8  # channels that kernels work on together
 _BOTH_FORMS = 5  # rungs of the ladder that are tried in two ways of writing weights
+_COUNTED = 2  # the same, where no target is a latency
 _BITS = (4, 3)  # of an index into a codebook
 _WHOLE, _NARROW = 8, 4  # bits of an integer weight; it is computed with as 8 either way
 
@@ -133,12 +134,13 @@ class Space:
             found.append(Step("netwright.compress:Codebooks", {"bits": values["codebooks"], "groups": 1}))
         return tuple(found)
 
-    def ladder(self, form: int = 0, *, both: int = _BOTH_FORMS) -> Sequence[dict[str, Any]]:
+    def ladder(self, form: int = 0, *, counted: bool = False) -> Sequence[dict[str, Any]]:
         """Proposals to begin with: uniformly thinner and shallower, from the middle outwards.
 
         The second rung is the whole network, which a short run should have tried: rounded only, it mostly keeps the
-        score. The first rung is tried in all forms, the next in two of them up to ``both`` rungs, and the others in
-        that of number ``form`` among :meth:`forms`.
+        score. The first rung is tried in all forms, the next ones in two, and the others in that of number ``form``
+        among :meth:`forms`. Where the targets are ``counted`` fewer rungs show which form is best; a latency depends on
+        how thin a network is.
         """
         forms = self.forms()
         if not self.groups and not self.branches:
@@ -157,7 +159,7 @@ class Space:
         found: dict[str, dict[str, Any]] = {}  # by what is done: two levels may keep as many blocks
         for number, rung in enumerate(rungs):
             count = len(forms) if number == 0 else 2
-            for way in forms[:count] if number < both else [forms[form]]:
+            for way in forms[:count] if number < (_COUNTED if counted else _BOTH_FORMS) else [forms[form]]:
                 values = {**rung, **neutral, **way}
                 found.setdefault(key(self.steps(values)), values)
         return list(found.values())

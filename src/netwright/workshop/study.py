@@ -102,11 +102,9 @@ class Study:
     def ask(self) -> Proposal | None:
         """The next candidate, one that was not proposed before; None when the sampler finds no other.
 
-        The ladder comes first, its later rungs in the form that the earlier ones show to be cheapest. Where the targets
-        are counted, two rungs show it; a latency depends on how thin a network is.
+        The ladder comes first, its later rungs in the form that the earlier ones show to be cheapest.
         """
-        counted = {"both": 2} if "latency" not in self._metrics else {}
-        for params in self._space.ladder(self._form(), **counted):
+        for params in self._space.ladder(self._form(), counted="latency" not in self._metrics):
             if self._is_new(self._space.steps(params)):
                 return self._given(params)
         for _ in range(_TRIES):
