@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from claims._training import arrays
 from claims.search._apq_supernet import BITS, JOINT, PLAIN, logits, supernet
-from netwright.search import SearchSpace, choose
+from netwright.search import SearchSpace, stack
 from netwright.search.apq import APQSampler
 
 PAPER = 50
@@ -57,7 +57,7 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
             study = optuna.create_study(direction="maximize")
             study.add_trials([trials[place] for place in index])
             answers = [sampler.predict(study, unseen[0]) for sampler in samplers]
-            answers.append(choose(rows(pool[0])[index], pool[1][index], seed=seed).predict(rows(unseen[0]))[0])
+            answers.append(stack(rows(pool[0])[index], pool[1][index], seed=seed).predict(rows(unseen[0]))[0])
             correlations.append([spearmanr(answer, unseen[1])[0] for answer in answers])
         found[count] = np.nan_to_num(np.mean(correlations, axis=0))
     transferred, scratch, others = ({n: float(entry[place]) for n, entry in found.items()} for place in range(3))

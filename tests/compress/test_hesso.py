@@ -62,15 +62,18 @@ def descend(params: list[np.ndarray], task: Task, gone: set[int]) -> None:
     scale(params, gone, 0.0)
 
 
-def naive(task: Task, steps: int, goal: int, periods: int) -> tuple[list[np.ndarray], set[int]]:
+def naive(task: Task, steps: int, goal: int, periods: int, window: int) -> tuple[list[np.ndarray], set[int]]:
     params, gone, fading = numbers(task.model), set(), set()
     begin, end = int(START * steps), int(STOP * steps)
     length = (end - begin) // periods
+    log = []
     for step in range(steps):
         inside = begin <= step < end
         period, t = divmod(step - begin, length)
+        log.append(score(vectors(params), vectors(gradients(params, task))))
         if inside and t == 0:
-            scores = score(vectors(params), vectors(gradients(params, task)))
+            since = step - length + 1 if period else 0
+            scores = np.mean(log[max(since, step - window + 1) :], axis=0)
             scores[list(gone)] = -np.inf
             fading = lowest(scores, round(goal * (period + 1) / periods)) - gone
         descend(params, task, gone)
@@ -115,11 +118,11 @@ def naive_corrective(task: Task, steps: int, goal: int, cycles: int):
     return params, gone, log
 
 
-@pytest.mark.parametrize("periods", [1, 2, 3])
-def test_training_is_the_equations(periods) -> None:
+@pytest.mark.parametrize(("periods", "window"), [(1, 1), (2, 1), (3, 1), (3, 4), (2, 5), (3, 100)])
+def test_training_is_the_equations(periods, window) -> None:
     task = regression()
-    model, hook = trained(HESSO(0.6, periods=periods, start=START, stop=STOP), task, 30)
-    params, gone = naive(task, 30, 4, periods)
+    model, hook = trained(HESSO(0.6, periods=periods, window=window, start=START, stop=STOP), task, 30)
+    params, gone = naive(task, 30, 4, periods, window)
     assert hook.units() == {"0": sorted(gone)}
     for value, wanted in zip(model.parameters(), params, strict=True):
         torch.testing.assert_close(value.detach(), torch.from_numpy(wanted), rtol=1e-9, atol=1e-12)
@@ -133,6 +136,11 @@ def test_corrective_training_is_the_equations(cycles, seed) -> None:
     assert hook.units() == {"0": sorted(gone)}
     for value, wanted in zip(model.parameters(), params, strict=True):
         torch.testing.assert_close(value.detach(), torch.from_numpy(wanted), rtol=1e-9, atol=1e-12)
+
+
+def test_a_window_changes_who_goes() -> None:
+    found = [[naive(regression(network(seed)), 30, 4, 3, window)[1] for window in (1, 100)] for seed in range(8)]
+    assert any(one != many for one, many in found)
 
 
 def test_the_cases_above_have_later_cycles() -> None:
@@ -204,9 +212,10 @@ def test_conforms() -> None:
         ({"ratio": 0.0}, r"ratio must lie in \(0, 1\), got 0.0"),
         ({"scope": "all"}, "scope must be 'global' or 'layer'"),
         ({"periods": 0}, "periods must be a positive integer"),
+        ({"window": 0}, "window must be a positive integer"),
         ({"cycles": 1.5}, "cycles must be a positive integer"),
         ({"corrective": 1}, "corrective must be true or false"),
-        ({"start": 0.7}, "stop must be above start=0.7, got 0.6"),
+        ({"start": 0.7}, "stop must be above start=0.7, got 0.3"),
         ({"exclude": "fc"}, "exclude must be a sequence of names"),
     ],
 )

@@ -9,7 +9,7 @@ from scipy.stats import kendalltau
 from netwright.core.errors import SettingError
 from netwright.search import SearchSpace, importance, predictor_quality, run
 from netwright.search._encoding import Encoding
-from netwright.search.predictors import TreeEnsemble, choose
+from netwright.search.predictors import TreeEnsemble, stack
 
 SPACE = SearchSpace(
     {"much": IntDistribution(0, 20), "little": IntDistribution(0, 20), "nothing": CategoricalDistribution(("a", "b"))}
@@ -59,7 +59,7 @@ def test_quality_is_the_rank_correlation_on_later_candidates(found):
     encoding = Encoding(SPACE)
     inputs = encoding.features(np.array([encoding.genes(entry.params) for entry in found.evaluations]))
     y = found.values()[:, 0]
-    predicted = choose(inputs[:40], y[:40], seed=2).predict(inputs[40:])[0]
+    predicted = stack(inputs[:40], y[:40], seed=2).predict(inputs[40:])[0]
     assert entries[1].kendall_tau == pytest.approx(kendalltau(predicted, y[40:]).statistic)
     assert entries[2].kendall_tau > 0.9, "a maximized objective is predicted with its sign turned"
 

@@ -34,11 +34,11 @@ class HESSO:
     ``ratio``, and the result has it exactly. With ``corrective=True`` redundant units are identified in cycles, which
     costs some training and guards against removing units that only seem redundant, at high ratios above all.
 
-    Units are scored on the current batch by five criteria, each over its mean: length, length over the root of the
-    number of entries, one minus the cosine between parameters and gradient, and two terms of Taylor's series. Between
-    ``start`` and ``stop`` of the training
-    there are ``periods``; in each the units of lowest score join those that are to go, the same number in each
-    period, and fade out after every step :math:`t` of the period's :math:`T`:
+    Units are scored on a batch by five criteria, each over its mean: length, length over the root of the number of
+    entries, one minus the cosine between parameters and gradient, and two terms of Taylor's series. Between ``start``
+    and ``stop`` of the training there are ``periods``. At the beginning of each the units whose scores were lowest, on
+    average over the last ``window`` steps, join those that are to go, the same number in each period, and fade out
+    after every step :math:`t` of the period's :math:`T`:
 
     .. math:: x_g \leftarrow \frac{T - t - 1}{T - t}\, \bar x_g
 
@@ -56,6 +56,8 @@ class HESSO:
             group a single unit.
         corrective: identify redundant units in cycles.
         periods: in which units go, without ``corrective``.
+        window: steps before a period whose scores count for it, at most those since the one before, without
+            ``corrective``.
         cycles: at most, with ``corrective``.
         start: fraction of the training after which pruning begins.
         stop: fraction after which all units that are to go are gone, above ``start``.
@@ -83,13 +85,14 @@ class HESSO:
     Source: 149. T. Chen, X. Qu, D. Aponte, C. Banbury, J. Ko, T. Ding, Y. Ma, V. Lyapunov, I. Zharkov, L. Liang. HESSO:
         Towards Automatic Efficient and User Friendly Any Neural Network Training and Pruning. 2024. arXiv:2409.09085.
 
-    Differs: gradients are those of the loss, not the optimizer's directions. One unit stays in every group. Restoring
-        weights after a cycle restores the statistics of batch norms too, and leaves the optimizer's state. The loss
-        measured on trial projections of whole layers, which the authors' code adds to the scores, is left out. A moving
-        average and a parameterization of the recipe are left out of this training.
+    Differs: gradients are those of the loss, not the optimizer's directions. Scores are averaged over ``window`` steps,
+        since those of one batch are noisy (the paper's: ``window=1``). One unit stays in every group. Restoring weights
+        after a cycle restores the statistics of batch norms too, and leaves the optimizer's state. The loss measured on
+        trial projections of whole layers, which the authors' code adds to the scores, is left out. A moving average and
+        a parameterization of the recipe are left out of this training.
 
     Cost: the training that ``budget`` allows (None: the recipe's epochs); a pass over the pruned layers' weights and
-        gradients at the start of each period, in cycles at every step, with a copy of the model. One trace, and a copy
+        gradients at each step of a window, in cycles at every step, with a copy of the model. One trace, and a copy
         of the model for each group.
     """
 
@@ -99,14 +102,16 @@ class HESSO:
     scope: Scope = "layer"
     corrective: bool = False
     periods: int = 5
+    window: int = 20
     cycles: int = 3
     start: float = 0.1
-    stop: float = 0.6
+    stop: float = 0.3
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_structured(self)
         check_count(self, "periods", self.periods)
+        check_count(self, "window", self.window)
         check_count(self, "cycles", self.cycles)
         check_flag(self, "corrective", self.corrective)
 
@@ -171,15 +176,22 @@ class Fading(UnitHook):
         self._cycles = _Cycles(self, begin, length, method.cycles) if length else None
         self._identified = False
         self._bounds = _split(begin, self._end, 1 if method.corrective else method.periods)
+        self._window, self._sums = method.window, self._nothing()
 
     def before_step(self, step: int, total: int) -> None:
         """Score, and choose what is to fade."""
         super().before_step(step, total)
         if self._cycles is not None and self._cycles.within(step):
             self._cycles.score()
-        elif step in self._bounds[:-1] and not self._identified:
-            scores = self.without_gone(self.scores())
-            self._choose(scores, (self._bounds.index(step) + 1) / (len(self._bounds) - 1))
+        elif not self._identified:
+            coming = next((bound for bound in self._bounds[:-1] if bound >= step), None)
+            if coming is not None and step > coming - self._window:
+                now = self.scores()
+                self._sums = {name: total + now[name] for name, total in self._sums.items()}
+            if coming == step:
+                share = (self._bounds.index(step) + 1) / (len(self._bounds) - 1)
+                self._choose(self.without_gone(self._sums), share)
+                self._sums = self._nothing()
 
     def after_step(self, step: int, total: int) -> None:
         """Fade."""
@@ -210,6 +222,9 @@ class Fading(UnitHook):
     def scores(self) -> dict[str, Tensor]:
         """Of all units, on the gradients that are there."""
         return unit_saliency(self.vectors.read(), self.vectors.gradients())
+
+    def _nothing(self) -> dict[str, Tensor]:
+        return {name: torch.zeros(len(mask), dtype=torch.float64) for name, mask in self.gone.items()}
 
     def _choose(self, scores: dict[str, Tensor], share: float) -> None:
         self._fading = {n: mask & ~self.gone[n] for n, mask in self.goal.lowest(scores, share).items()}

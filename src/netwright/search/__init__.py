@@ -5,6 +5,7 @@ from netwright.search.amended_darts import AmendedDARTS, amended
 from netwright.search.apq import APQSampler
 from netwright.search.darts import DARTS, first_order, hessian_product, mixed_product, second_order
 from netwright.search.explore import METRICS, Explored, explore
+from netwright.search.gaussian_process import GaussianProcess
 from netwright.search.graph_hypernetwork import GraphHyperNetwork
 from netwright.search.graphs import Graph
 from netwright.search.growing_network import GrowingNetwork, Grown
@@ -23,7 +24,7 @@ from netwright.search.linas import LINASSampler
 from netwright.search.manas import MANAS, Agents
 from netwright.search.measured import Measured
 from netwright.search.nasbench201 import NASBench201, evaluations_to, nasbench201
-from netwright.search.predictors import BayesianRidge, Predictor, SupportVectors, TreeEnsemble, choose
+from netwright.search.predictors import BayesianRidge, Predictor, Stack, TreeEnsemble, stack
 from netwright.search.rarts import RARTS, alpha_gradient, weight_gradient
 from netwright.search.regnet import AnyNetSpace, DesignSpaceEDF, RegNetSpace, Stage, design_space_edf
 from netwright.search.relaxed import Mixed, alphas, choices, derive, mixed, on_path, skip_share, weights
@@ -53,6 +54,7 @@ __all__ = [
     "Engine",
     "Evaluation",
     "Explored",
+    "GaussianProcess",
     "Graph",
     "GraphHyperNetwork",
     "GrowingNetwork",
@@ -74,9 +76,9 @@ __all__ = [
     "SearchResult",
     "SearchSpace",
     "SpaceError",
+    "Stack",
     "Stage",
     "SuperNet",
-    "SupportVectors",
     "TreeEnsemble",
     "WLSampler",
     "alpha_gradient",
@@ -84,7 +86,6 @@ __all__ = [
     "amended",
     "cell_network",
     "choices",
-    "choose",
     "convolutions",
     "derive",
     "design_space_edf",
@@ -101,6 +102,7 @@ __all__ = [
     "run",
     "second_order",
     "skip_share",
+    "stack",
     "weight_gradient",
     "weights",
 ]

@@ -258,8 +258,11 @@ def _offspring(encoding: Encoding, parents: Array, count: int, rng: np.random.Ge
 
 
 def _greedy(pool: _Pool, score: _Score, count: int) -> Array:
-    """One after the other the candidate with the largest expected gain, given, draw by draw, those taken before it."""
-    short = np.argsort(-pool.gain, kind="stable")[: max(_SHORT_LIST, count)]
+    """One after the other the candidate with the largest expected gain, given, draw by draw, those taken before it.
+
+    Where nothing is left to gain, those come first that are likely to be feasible.
+    """
+    short = np.lexsort((-pool.chance, -pool.gain))[: max(_SHORT_LIST, count)]
     if len(short) == 0:
         return pool.genes
     far = score.reaches(pool.mean[short], pool.spread[short]).astype(np.float32)
@@ -268,7 +271,7 @@ def _greedy(pool: _Pool, score: _Score, count: int) -> Array:
     taken = []
     for _ in range(min(count, len(short))):
         gain = np.maximum(far - reached[:, None, :], 0).mean((0, 2)) * pool.chance[short]
-        best = int(np.argmax(np.where(left, gain, -1.0)))
+        best = int(np.lexsort((-pool.chance[short], np.where(left, -gain, 1.0)))[0])
         left[best] = False
         taken.append(short[best])
         reached = np.maximum(reached, far[:, best])

@@ -15,7 +15,7 @@ from netwright.search._apq_predictor import Member, TransferredPredictor, pretra
 from netwright.search._encoding import Encoding
 from netwright.search._model_sampler import SPARE, ModelSampler
 from netwright.search._proposer import Measured, Scale, Settings, propose
-from netwright.search.predictors import Chosen, choose
+from netwright.search.predictors import Stack, stack
 from netwright.search.space import Params, SearchSpace, SpaceError
 
 __all__ = ["APQSampler"]
@@ -41,7 +41,7 @@ class APQSampler(ModelSampler):
     3. It does so twice: from ``W_q = 0``, which trusts full precision until taught otherwise, and from a random
        ``W_q``, which learns faster where bits decide. The second is taken where its error on held-out trials is lower
        by a standard deviation, ``1 / sqrt(2 n)`` of the first's for ``n`` trials. Cross-validation makes the deviation
-       honest (:func:`~netwright.search.predictors.choose`). Without ``full_precision`` all weights start at random.
+       honest (:func:`~netwright.search.predictors.stack`). Without ``full_precision`` all weights start at random.
     4. Evolution proposes as in :class:`~netwright.search.LINASSampler`; further objectives and constraints have the
        predictors that they have there.
 
@@ -175,21 +175,21 @@ class APQSampler(ModelSampler):
         )
         seed, turn = self._seed % 2**32, itertools.count()
 
-        def fit(features: Array, targets: Array) -> Chosen:
+        def fit(features: Array, targets: Array) -> Stack:
             if next(turn) == self._objective:  # objectives come first, in their order
                 return self._fit(encoding, features, targets, float(known.signs[self._objective]))
-            return choose(features, targets, seed=seed)
+            return stack(features, targets, seed=seed)
 
         return propose(encoding, known, avoid, settings, seed, look=encoding.features, fit=fit)
 
-    def _fit(self, encoding: Encoding, features: Array, targets: Array, sign: float) -> Chosen:
+    def _fit(self, encoding: Encoding, features: Array, targets: Array, sign: float) -> Stack:
         """The predictor of quantized scores, ``targets`` to be minimized and warped."""
         members, hidden, steps = self._network
         seed, bits = self._seed % 2**32, self._columns(encoding, features.shape[1])
         fresh = random_start(int((~bits).sum()), int(bits.sum()), members, hidden, seed)
 
-        def judged(name: str, begin: Member) -> Chosen:
-            return choose(
+        def judged(name: str, begin: Member) -> Stack:
+            return stack(
                 features, targets, seed=seed, among={name: lambda _: TransferredPredictor(begin, bits, steps, _RATE)}
             )
 
@@ -218,7 +218,7 @@ class APQSampler(ModelSampler):
         return np.array([name in self._bits for name in owners] + [True] * (count - len(owners)), dtype=bool)
 
 
-def _surpasses(found: Chosen, other: Chosen, count: int) -> bool:
+def _surpasses(found: Stack, other: Stack, count: int) -> bool:
     """Whether the held-out error is lower by one standard deviation of ``count`` normal residuals' root mean square."""
     return bool(found.errors[found.name] < other.errors[other.name] * (1 - 1 / math.sqrt(2 * count)))
 

@@ -9,7 +9,7 @@ from scipy.stats import kendalltau
 
 from netwright.core.errors import SettingError
 from netwright.search._encoding import Encoding
-from netwright.search.predictors import TreeEnsemble, choose
+from netwright.search.predictors import TreeEnsemble, stack
 from netwright.search.result import SearchResult
 from netwright.search.space import SearchSpace
 
@@ -28,7 +28,7 @@ class PredictorQuality:
         objective: which one.
         seen: how many of the measured candidates the predictor learned from, in the order in which they were measured.
         kendall_tau: rank correlation of prediction and measurement over all later ones, in [-1, 1].
-        predictor: the one that cross-validation chose.
+        predictor: the one to which cross-validation gave the largest weight.
     """
 
     objective: str
@@ -76,10 +76,10 @@ def predictor_quality(
     sizes = sorted({max(_LEAST // 2, round(share * len(inputs))) for share in np.linspace(0.15, 0.85, points)})
     for column, name in enumerate(result.objectives):
         for size in sizes:
-            chosen = choose(inputs[:size], values[:size, column], seed=seed)
-            predicted = chosen.predict(inputs[size:])[0]
+            fitted = stack(inputs[:size], values[:size, column], seed=seed)
+            predicted = fitted.predict(inputs[size:])[0]
             tau = float(kendalltau(predicted, values[size:, column]).statistic)
-            found.append(PredictorQuality(name, size, tau if np.isfinite(tau) else 0.0, chosen.name))
+            found.append(PredictorQuality(name, size, tau if np.isfinite(tau) else 0.0, fitted.name))
     return found
 
 

@@ -10,7 +10,7 @@ from netwright.core.errors import SettingError
 from netwright.search._encoding import Encoding
 from netwright.search._model_sampler import SPARE, ModelSampler
 from netwright.search._proposer import Measured, Settings, propose
-from netwright.search.predictors import Chosen, choose
+from netwright.search.predictors import Stack, stack
 from netwright.search.space import SearchSpace
 
 __all__ = ["LINASSampler"]
@@ -31,8 +31,8 @@ class LINASSampler(ModelSampler):
        ``z = log(1 + (y - m) / w)`` beyond, ``w`` the distance from ``m`` to the best of the start. How bad a bad
        candidate is takes no part of a predictor's attention.
     2. A predictor ``p(z | x)`` with mean and deviation for each objective and each constraint is fitted to all that was
-       measured; cross-validation chooses among tree ensemble, ridge and support vectors, and makes the deviation honest
-       (:func:`~netwright.search.predictors.choose`).
+       measured; cross-validation weighs a tree ensemble, ridge regression and a Gaussian process, and makes the
+       deviation honest (:func:`~netwright.search.predictors.stack`).
     3. Evolution (SBX and polynomial mutation of ordered decisions, uniform crossover and replacement of categorical
        ones) runs ``generations`` of ``population`` candidates. Its fitness is the expected gain of hypervolume,
 
@@ -72,8 +72,9 @@ class LINASSampler(ModelSampler):
 
     Differs: the papers' inner search is NSGA-II on predicted means, and its last population is measured as a whole.
         Here the fitness is the expected gain of hypervolume under calibrated uncertainty, nothing is measured twice, a
-        batch is diverse by construction, tree ensembles stand beside ridge and support vectors, objectives are warped,
-        and constraints have predictors of their own. What a run returns was measured.
+        batch is diverse by construction, predictors are a weighted mean of trees, ridge and a Gaussian process instead
+        of ridge or support vectors alone, objectives are warped, and constraints have predictors of their own. What a
+        run returns was measured.
 
     Cost: with ``n`` observations and ``f`` features a fit takes ``O(f n log n)``, the inner search
         ``O(population * generations * (trees log n + draws * directions))``; both once a batch. About 0.1 s a
@@ -110,7 +111,7 @@ class LINASSampler(ModelSampler):
         )
         seed = self._seed % 2**32
 
-        def fit(features: Array, targets: Array) -> Chosen:
-            return choose(features, targets, seed=seed)
+        def fit(features: Array, targets: Array) -> Stack:
+            return stack(features, targets, seed=seed)
 
         return propose(encoding, known, avoid, settings, seed, look=encoding.features, fit=fit)

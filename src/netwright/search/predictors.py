@@ -1,30 +1,30 @@
-"""Predictors of an objective: tree ensemble, ridge and support vector regression, chosen by cross-validation.
+"""Predictors of an objective: tree ensemble, ridge regression and Gaussian process, weighed by cross-validation.
 
 Each tells a mean and how far off it may be. Observations are hundreds, not millions, so each costs far less than the
 evaluation that it saves.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
+from scipy.optimize import nnls
 from scipy.stats import norm, rankdata
-from sklearn.svm import SVR
 from sklearn.tree import ExtraTreeRegressor
 
 from netwright.core.errors import SettingError
-from netwright.core.randomness import isolated
+from netwright.search.gaussian_process import GaussianProcess
 
-__all__ = ["PREDICTORS", "BayesianRidge", "Chosen", "Predictor", "SupportVectors", "TreeEnsemble", "choose"]
+__all__ = ["PREDICTORS", "BayesianRidge", "Predictor", "Stack", "TreeEnsemble", "stack"]
 
 Array: TypeAlias = NDArray[np.float64]
-_KERNEL_ROWS = 400  # a kernel method costs the square of its rows
 _JUDGED_ROWS = 400  # cross-validation looks at no more
 _FOLDS = 3
+_LEAST = 0.01  # of a weight
 
 
 class Predictor(Protocol):
@@ -120,64 +120,31 @@ class BayesianRidge:
         return self._level + rows @ self._weights, np.sqrt(self._noise * (1 + doubt))
 
 
-@dataclass
-class SupportVectors:
-    """Support vector regression with a Gaussian kernel, on at most 400 rows; five of them on subsets disagree.
-
-    Args:
-        penalty: weight of errors against flatness, for standardized targets.
-        seed: source of the subsets.
-
-    Cost: time and memory bounded by the 400 rows, whatever the number of observations.
-    """
-
-    penalty: float = 10.0
-    seed: int = 0
-
-    def fit(self, inputs: Array, targets: Array) -> Self:
-        """Learn from ``inputs (n, d)`` and ``targets (n,)``."""
-        rng = np.random.default_rng(self.seed)
-        self._centre, spread = inputs.mean(0), inputs.std(0)
-        self._scale = np.where(spread > 1e-12, spread, 1.0) * math.sqrt(max(1, int((spread > 1e-12).sum())))
-        self._level, self._width = float(targets.mean()), float(targets.std()) or 1.0
-        rows, wanted = (inputs - self._centre) / self._scale, (targets - self._level) / self._width
-        take = min(max(4 * len(rows) // 5, 1), _KERNEL_ROWS)
-        parts = [rng.permutation(len(rows))[:take] for _ in range(5)]
-        with isolated(self.seed):  # scikit-learn draws a seed for libsvm from NumPy's global generator
-            self._models = [
-                SVR(C=self.penalty, gamma=1.0, epsilon=0.05).fit(rows[part], wanted[part]) for part in parts
-            ]
-        return self
-
-    def predict(self, inputs: Array) -> tuple[Array, Array]:
-        """Mean and standard deviation over the five."""
-        rows = (inputs - self._centre) / self._scale
-        answers = np.stack([model.predict(rows) for model in self._models])
-        return self._level + self._width * answers.mean(0), self._width * answers.std(0)
-
-
 PREDICTORS: Mapping[str, Callable[[int], Predictor]] = {
     "trees": lambda seed: TreeEnsemble(seed=seed),
     "ridge": lambda seed: BayesianRidge(),
-    "svr": lambda seed: SupportVectors(seed=seed),
+    "process": lambda seed: GaussianProcess(),
 }
-"""What is chosen from: a maker for each name, called with a seed."""
+"""What is weighed: a maker for each name, called with a seed."""
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The predictor that cross-validation preferred, with honest uncertainty.
+class Stack:
+    """Predictors whose weights held-out observations told, with honest uncertainty.
 
     Attributes:
-        name: which one.
-        predictor: fitted on everything.
-        stretch: factor by which its own standard deviation fell short on held-out observations.
+        name: the predictor of the largest weight.
+        weights: by name, at least 0, together 1.
+        predictors: those with a weight, fitted on everything.
+        stretch: factor by which their own standard deviation fell short on held-out observations.
+        noise: standard deviation that theirs does not explain.
         errors: root mean squared error on held-out observations by name.
-        rank_correlation: Spearman's, of the chosen one on held-out observations.
+        rank_correlation: Spearman's, of the weighted mean on held-out observations.
     """
 
     name: str
-    predictor: Predictor
+    weights: Mapping[str, float]
+    predictors: Mapping[str, Predictor]
     stretch: float
     noise: float
     errors: Mapping[str, float]
@@ -185,24 +152,31 @@ class Chosen:
 
     def predict(self, inputs: Array) -> tuple[Array, Array]:
         """Mean and standard deviation, each ``(n,)``."""
-        mean, own = self.predictor.predict(inputs)
+        found = [predictor.predict(inputs) for predictor in self.predictors.values()]
+        mean, own = _mixed(found, [self.weights[name] for name in self.predictors])
         return mean, np.sqrt((self.stretch * own) ** 2 + self.noise**2)
 
 
-def choose(
+def stack(
     inputs: Array, targets: Array, *, seed: int = 0, among: Mapping[str, Callable[[int], Predictor]] = PREDICTORS
-) -> Chosen:
-    """Fit the predictor that does best on held-out observations.
+) -> Stack:
+    r"""Fit predictors and weigh them by what they get right on held-out observations.
 
-    Three folds over at most 400 observations. The error of a fold is the squared difference; the smallest sum wins.
-    Then the uncertainty is made honest: with ``e`` the held-out residuals and ``s`` the predictor's own standard
-    deviations, the reported variance is ``a² s² + b²``, where ``a`` and ``b`` are fitted so that ``e²`` has that mean.
+    Three folds over at most 400 observations give each predictor ``m`` held-out means ``p_m`` and deviations ``s_m``.
+    The weights are
+
+    .. math:: w = \arg\min_{w \ge 0,\, \sum_m w_m = 1} \Big\| y - \sum_m w_m p_m \Big\|^2, \qquad
+              s^2 = \sum_m w_m \big( s_m^2 + (p_m - \textstyle\sum_k w_k p_k)^2 \big)
+
+    and ``s`` is the deviation of the mixture: where predictors disagree, none of them is sure. Then it is made honest:
+    with ``e`` the held-out residuals the reported variance is ``a² s² + b²``, where ``a`` and ``b`` are fitted so that
+    ``e²`` has that mean. A predictor of a weight below 0.01 is left out.
 
     Args:
         inputs: ``(n, d)``, at least two rows.
         targets: ``(n,)``, finite.
         seed: source of folds and of the predictors' randomness.
-        among: what to choose from.
+        among: what to weigh.
 
     Raises:
         SettingError: fewer than two rows, shapes that do not fit, or targets that are not finite.
@@ -210,9 +184,11 @@ def choose(
     Example:
         >>> rng = np.random.default_rng(0)
         >>> inputs = rng.normal(size=(60, 3))
-        >>> found = choose(inputs, inputs @ [1.0, -2.0, 0.5])
+        >>> found = stack(inputs, inputs @ [1.0, -2.0, 0.5])
         >>> found.name, round(float(found.predict(np.eye(3))[0][1]), 3)
         ('ridge', -2.0)
+
+    Source: Breiman, "Stacked regressions", Machine Learning 24, 1996.
 
     Cost: four fits of each predictor; ``O(n log n)`` in the number of observations.
     """
@@ -225,12 +201,35 @@ def choose(
     rng = np.random.default_rng([seed, len(targets)])
     rows = rng.permutation(len(targets))[:_JUDGED_ROWS]
     held = {name: _held_out(make(seed), inputs[rows], targets[rows]) for name, make in among.items()}
-    errors = {name: float(np.sqrt(np.mean((mean - targets[rows]) ** 2))) for name, (mean, _) in held.items()}
-    name = min(errors, key=errors.__getitem__)
-    mean, own = held[name]
+    residuals = np.stack([targets[rows] - mean for mean, _ in held.values()], 1)
+    weights = dict(zip(among, _weights(residuals), strict=True))
+    mean, own = _mixed(list(held.values()), list(weights.values()))
     stretch, noise = _calibrated(targets[rows] - mean, own)
-    predictor = among[name](seed).fit(inputs, targets)
-    return Chosen(name, predictor, stretch, noise, errors, _spearman(mean, targets[rows]))
+    predictors = {name: among[name](seed).fit(inputs, targets) for name, weight in weights.items() if weight > 0}
+    errors = dict(zip(among, map(float, np.sqrt((residuals**2).mean(0))), strict=True))
+    name = max(weights, key=weights.__getitem__)
+    return Stack(name, weights, predictors, stretch, noise, errors, _spearman(mean, targets[rows]))
+
+
+def _weights(residuals: Array) -> list[float]:
+    """Those of a simplex that make the residuals ``(n, m)`` of the mixture smallest.
+
+    Along each direction ``u`` of the simplex ``|R t u|² + (t - 1)²`` has its least value ``q / (1 + q)``, ``q = |R
+    u|²``, so that the non-negative least squares solution points to the smallest ``q``.
+    """
+    size = float(np.sqrt((residuals**2).mean())) or 1.0
+    rows = np.concatenate([residuals / (size * math.sqrt(len(residuals))), np.ones((1, residuals.shape[1]))])
+    found = nnls(rows, np.append(np.zeros(len(residuals)), 1.0))[0]
+    found = np.where(found < _LEAST * found.sum(), 0.0, found)
+    return [float(weight) for weight in found / found.sum()]
+
+
+def _mixed(found: Sequence[tuple[Array, Array]], weights: Sequence[float]) -> tuple[Array, Array]:
+    """Mean and standard deviation of a mixture of means and deviations, each ``(n,)``."""
+    means, deviations = (np.stack(parts) for parts in zip(*found, strict=True))
+    share = np.array(weights)[:, None]
+    mean = (share * means).sum(0)
+    return mean, np.sqrt((share * (deviations**2 + (means - mean) ** 2)).sum(0))
 
 
 def _held_out(predictor: Predictor, inputs: Array, targets: Array) -> tuple[Array, Array]:

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
+from netwright.search.gaussian_process import kept_rows
 from netwright.search.graphs import Graph
 
 __all__ = ["WLProcess", "subtrees"]
 
 Array: TypeAlias = NDArray[np.float64]
-_ROWS = 400  # observations that the process keeps: its cost grows with their cube
 _NOISES = tuple(10.0**exponent for exponent in np.arange(-4.0, 1.1, 0.5))
 
 
@@ -63,11 +63,8 @@ class WLProcess:
 
     def fit(self, inputs: Array, targets: Array) -> "WLProcess":
         """Learn from histograms ``(n, f)`` as :meth:`WLSampler.histograms` makes them, and ``targets (n,)``."""
-        if len(targets) > _ROWS:
-            best = np.argsort(targets, kind="stable")[: _ROWS // 2]
-            rest = np.setdiff1d(np.arange(len(targets)), best)[-(_ROWS - len(best)) :]
-            kept = np.sort(np.concatenate([best, rest]))
-            inputs, targets = inputs[kept], targets[kept]
+        kept = kept_rows(targets)
+        inputs, targets = inputs[kept], targets[kept]
         self._level, self._width = float(targets.mean()), float(targets.std()) or 1.0
         wanted = (targets - self._level) / self._width
         fits = [self._likelihood(inputs, wanted, depth) for depth in range(len(self._widths))]
