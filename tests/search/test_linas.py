@@ -139,6 +139,23 @@ def test_a_reference_in_the_signs_of_the_study():
         front((0.0, 1.0, 2.0))
 
 
+def test_nothing_is_gained_beyond_an_ideal():
+    """A score that cannot surpass 1 is not sought where it is dear; without the ideal it is."""
+
+    def dear(ideal):
+        sampler = LINASSampler(start=10, batch=10, ideal=ideal, seed=0)
+        study = optuna.create_study(sampler=sampler, directions=["maximize", "minimize"])
+        for _ in range(40):
+            trial = study.ask({"x": IntDistribution(0, 400)})
+            x = trial.params["x"] / 400
+            study.tell(trial, [x, x**2])
+        return np.mean([trial.params["x"] > 220 for trial in study.trials[20:]])
+
+    assert dear((0.5, -np.inf)) < 0.2 < dear(None)
+    with pytest.raises(SettingError, match="ideal has 1 values for 2 objectives"):
+        dear((0.5,))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"start": 1}, "start must be at least 2"), ({"batch": 0}, "batch"), ({"draws": 0}, "draws")],

@@ -1,5 +1,6 @@
 """Which candidates deserve a full recovery, and which is handed back."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from subjects import point
 
-from netwright.workshop.choice import REFERENCE, excess, finalists, front_of, front_volume, ranking, shortfall
+from netwright.workshop.choice import (
+    REFERENCE,
+    Finalist,
+    excess,
+    front_of,
+    front_volume,
+    next_finalist,
+    ranking,
+    regain,
+    shortfall,
+)
 from netwright.workshop.point import Point
 from netwright.workshop.target import parse_keep, parse_targets
 
@@ -90,19 +101,66 @@ def test_the_order_in_which_candidates_are_handed_back() -> None:
 def test_a_reserve_of_score_goes_before_the_last_bit_of_cost() -> None:
     safe, edge, slow = point(0.896, 0.2), point(0.891, 0.1), point(0.9, 0.5)
     assert ranking([slow, edge, safe], BASE, LATENCY, KEEP) == [safe, edge, slow]
-    assert finalists([slow, edge, safe], BASE, LATENCY, KEEP, 2) == [safe, edge]
     exact = parse_keep("score>=0")
     assert ranking([point(0.9, 0.2), cheaper := point(0.9, 0.1)], BASE, LATENCY, exact)[0] is cheaper
 
 
+def following(points: list[Point], standing: list[Point], trained: float = 0.0, insure: bool = True) -> Point | None:
+    found = next_finalist([Finalist(p, trained) for p in points], standing, BASE, LATENCY, KEEP, insure=insure)
+    return None if found is None else found.point
+
+
+def schedule(points: list[Point], trained: float = 0.0, insure: bool = True) -> list[Point]:
+    """All finalists, where full recovery changes nothing."""
+    waiting, standing = list(points), []
+    while (found := following(waiting, standing, trained, insure)) is not None:
+        standing.append(found)
+        waiting.remove(found)
+    return standing
+
+
 def test_finalists_may_lack_what_recovery_gives_back() -> None:
     cheap, dear = point(0.9, 0.1), point(0.95, 0.3)
-    nearly, hardly = point(0.88, 0.2), point(0.862, 0.05)
+    nearly, hardly = point(0.88, 0.2), point(0.87, 0.05)
     over, lost = point(0.9, 0.5), point(0.7, 0.01)
-    expected = [cheap, dear, nearly, hardly, over, lost]
+    expected = [cheap, hardly, dear, nearly, over, lost]  # the safe one, a chance of half the cost, then insurance
     for points in (expected, expected[::-1], expected[3:] + expected[:3]):
-        assert finalists(points, BASE, LATENCY, KEEP, 6) == expected
-    assert finalists(expected, BASE, LATENCY, KEEP, 3) == expected[:3]
+        assert schedule(points) == expected
+        assert schedule(points, insure=False) == [cheap, hardly]
+        assert schedule(points, trained=1.0, insure=False) == [cheap], "a full recovery changes nothing then"
+
+
+def test_the_expected_gain_weighs_cost_against_what_is_lacking() -> None:
+    """0.025 is lacking at most: chances 0.5 and 0.9 of a gain of log 4 and log 2."""
+    safe, bold, near = point(0.9, 0.4), point(0.88, 0.1), point(0.892, 0.2)
+    assert regain(KEEP, 0.0) == pytest.approx(0.03)
+    assert regain(KEEP, 0.75) == pytest.approx(0.0075)
+    chances = [1 - (0.895 - p.val) / 0.03 for p in (bold, near)]
+    gains = [chance * math.log(factor) for chance, factor in zip(chances, (4, 2), strict=True)]
+    assert gains[0] > gains[1]
+    assert following([bold, near], [safe]) is bold
+    assert following([replace(bold, val=0.87), near], [safe]) is near
+    assert following([bold, near], [safe, point(0.9, 0.05)], insure=False) is None, "dearer than what stands"
+
+
+def test_a_target_that_is_met_goes_before_a_gain() -> None:
+    slow, meets, cheaper = point(0.9, 0.8), point(0.88, 0.39), point(0.87, 0.1)
+    assert following([slow, meets, cheaper], []) is slow
+    assert following([meets, cheaper], [slow]) is meets
+    assert following([cheaper, point(0.9, 0.5)], [slow, meets]) is cheaper, "meets lacks score, so it does not stand"
+
+
+def test_without_a_safe_candidate_the_nearest_comes_first() -> None:
+    near, far, costly = point(0.88, 0.3), point(0.87, 0.2), point(0.5, 0.9)
+    assert schedule([far, costly, near]) == [near, far, costly]
+    assert following([], []) is None
+
+
+@given(POINTS, st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_insured_finals_lose_nobody(points: list[Point], trained: bool) -> None:
+    found = schedule(points, float(trained))
+    assert sorted(map(repr, found)) == sorted(map(repr, points))
 
 
 @given(POINTS)

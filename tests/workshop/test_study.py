@@ -32,8 +32,9 @@ def study(
     target: str = "latency<=0.4x",
     sampler: Sampler = "linas",
     seed: int = 0,
+    longest: float = 1.25,
 ) -> Study:
-    return Study(run, space, BASE, parse_targets([target]), parse_keep(keep), seed, sampler)
+    return Study(run, space, BASE, parse_targets([target]), parse_keep(keep), seed, sampler, longest=longest)
 
 
 def open_run(path: Path) -> RunDirectory:
@@ -284,3 +285,14 @@ def test_kept_points_are_preferred_once_the_floor_counts(
     with_floor, without = share_kept("floor", "score>=-0.001"), share_kept("free", "score>=-0.9")
     assert with_floor > without + 0.15
     assert with_floor > 0.6
+
+
+def test_the_floor_is_lowered_by_what_a_full_recovery_may_give_back(tmp_path: Path) -> None:
+    """The constraint is the floor for one that was trained in full, and 1.5 times the accepted loss lower for none."""
+    for number, (longest, lowered) in enumerate([(1.25, 0.0), (2.5, 0.0075), (1e9, 0.015)]):
+        with open_run(tmp_path / str(number)) as run:
+            found = study(run, longest=longest)
+            entry = answer(found, ask(found), 0.87)
+            assert found.trained(entry) == pytest.approx(1.25 / longest)
+            violation = 0.9 - 0.01 - 0.87 - lowered
+            assert list(trials(run)[0].constraints.values()) == [pytest.approx(violation, abs=1e-9)]

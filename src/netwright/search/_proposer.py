@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 from scipy.stats import norm, qmc
 
+from netwright.core.errors import SettingError
 from netwright.search._encoding import Encoding
 from netwright.search._gain import directions, front_rows, reach
 
-__all__ = ["Measured", "Scale", "Settings", "propose"]
+__all__ = ["Measured", "Scale", "Settings", "minimized", "propose"]
 
 Array: TypeAlias = NDArray[np.float64]
 _SHORT_LIST = 256
@@ -28,6 +29,7 @@ class Settings:
     draws: int
     reference: tuple[float, ...] | None
     start: int
+    ideal: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,18 @@ class Measured:
     values: Array
     violations: Array
     signs: Array
+
+
+def minimized(name: str, given: tuple[float, ...] | None, known: Measured) -> tuple[float, ...] | None:
+    """A value for each objective in the study's own sign, as for objectives that are all minimized.
+
+    Raises:
+        SettingError: another number of values than objectives.
+    """
+    count = known.values.shape[1]
+    if given is not None and len(given) != count:
+        raise SettingError(f"{name} has {len(given)} values for {count} objectives.")
+    return None if given is None else tuple(known.signs * np.array(given))
 
 
 class Scale:
@@ -118,9 +132,19 @@ def propose(
     good = values[feasible] if feasible.any() else values
     end = scale.reference() if settings.reference is None else np.asarray(settings.reference, dtype=float)
     reference = (end - scale.middle) / scale.width
-    score = _Score(look, scale, models, limits, good if feasible.any() else None, reference, settings.draws, rng)
+    best = np.full(len(end), -np.inf) if settings.ideal is None else np.asarray(settings.ideal, dtype=float)
+    box = _Box(reference, (best - scale.middle) / scale.width)
+    score = _Score(look, scale, models, limits, good if feasible.any() else None, box, settings.draws, rng)
     pool = _evolve(encoding, known, values, feasible, score, avoid, settings, rng)
     return _greedy(pool, score, settings.batch)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Where the hypervolume ends, and beyond which values nothing more is gained, each ``(m,)`` in widths."""
+
+    reference: Array
+    ideal: Array
 
 
 class _Score:
@@ -133,18 +157,18 @@ class _Score:
         models: list[Model],
         limits: list[Model],
         front: Array | None,
-        reference: Array,
+        box: _Box,
         draws: int,
         rng: np.random.Generator,
     ) -> None:
         self._look, self._scale, self._models, self._limits = look, scale, models, limits
-        self._reference = reference
+        self._box = box
         self._along = directions(len(models))
         uniform = qmc.Sobol(len(models), seed=rng).random(draws)
         self._normal = norm.ppf(np.clip(uniform, 1e-6, 1 - 1e-6))
         self._reached = np.zeros(len(self._along))
         if front is not None:
-            self._reached = reach(scale.unwarp(front[front_rows(front)]), reference, self._along).max(0)
+            self._reached = self._reach(front[front_rows(front)]).max(0)
 
     def predict(self, genes: Array) -> tuple[Array, Array, Array]:
         """Means and deviations ``(n, m)`` of the objectives, and the probability ``(n,)`` of being feasible."""
@@ -158,15 +182,19 @@ class _Score:
 
     def reaches(self, mean: Array, spread: Array) -> Array:
         """How far each candidate reaches in each draw along each direction, ``(draws, n, k)``."""
-        return reach(self._scale.unwarp(mean + self._normal[:, None, :] * spread), self._reference, self._along)
+        return self._reach(mean + self._normal[:, None, :] * spread)
 
     def gains(self, mean: Array, spread: Array, chance: Array) -> Array:
         """Expected gain of each candidate alone, ``(n,)``."""
         found = np.zeros(len(mean))
         for normal in self._normal:
-            far = reach(self._scale.unwarp(mean + normal * spread), self._reference, self._along)
+            far = self._reach(mean + normal * spread)
             found += np.maximum(far - self._reached, 0.0).mean(1)
         return chance * found / len(self._normal)
+
+    def _reach(self, warped: Array) -> Array:
+        values = np.maximum(self._scale.unwarp(warped), self._box.ideal)
+        return reach(values, self._box.reference, self._along)
 
     @property
     def reached(self) -> Array:

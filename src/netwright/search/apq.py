@@ -14,7 +14,7 @@ from netwright.core.errors import SettingError
 from netwright.search._apq_predictor import Member, TransferredPredictor, pretrain, random_start, without_bits
 from netwright.search._encoding import Encoding
 from netwright.search._model_sampler import SPARE, ModelSampler
-from netwright.search._proposer import Measured, Scale, Settings, propose
+from netwright.search._proposer import Measured, Scale, Settings, minimized, propose
 from netwright.search.predictors import Stack, stack
 from netwright.search.space import Params, SearchSpace, SpaceError
 
@@ -167,9 +167,7 @@ class APQSampler(ModelSampler):
         objectives = known.values.shape[1]
         if self._objective >= objectives:
             raise SettingError(f"objective is {self._objective}, but the study has {objectives}, counted from 0.")
-        if self._reference is not None and len(self._reference) != objectives:
-            raise SettingError(f"reference has {len(self._reference)} values for {objectives} objectives.")
-        reference = None if self._reference is None else tuple(known.signs * np.array(self._reference))
+        reference = minimized("reference", self._reference, known)
         settings = Settings(
             SPARE * self._size(len(known.genes)), population, generations, draws, reference, self._start
         )

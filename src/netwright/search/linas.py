@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from netwright.core.errors import SettingError
 from netwright.search._encoding import Encoding
 from netwright.search._model_sampler import SPARE, ModelSampler
-from netwright.search._proposer import Measured, Settings, propose
+from netwright.search._proposer import Measured, Settings, minimized, propose
 from netwright.search.predictors import Stack, stack
 from netwright.search.space import SearchSpace
 
@@ -52,10 +52,12 @@ class LINASSampler(ModelSampler):
         generations: of each inner search.
         draws: ``d`` above.
         reference: where the hypervolume ends, a value for each objective in the study's own sign; None for ``m + 2 w``.
+        ideal: values beyond which nothing more is gained, in the study's own sign, infinite where there is no such
+            value (an accuracy cannot surpass 1); None for all infinite.
         seed: source of randomness.
 
     Raises:
-        SettingError: a setting out of its range, or a reference that does not fit the objectives.
+        SettingError: a setting out of its range, or a reference or an ideal that does not fit the objectives.
 
     Example:
         >>> import optuna
@@ -91,6 +93,7 @@ class LINASSampler(ModelSampler):
         generations: int = 10,
         draws: int = 16,
         reference: Sequence[float] | None = None,
+        ideal: Sequence[float] | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__(space, start, batch, seed)
@@ -98,16 +101,16 @@ class LINASSampler(ModelSampler):
             if value < 1:
                 raise SettingError(f"{name} must be at least 1, got {value}.")
         self._reference = None if reference is None else tuple(map(float, reference))
+        self._ideal = None if ideal is None else tuple(map(float, ideal))
         self._settings = population, generations, draws
 
     def _propose(self, encoding: Encoding, known: Measured, avoid: set[bytes]) -> Array:
         population, generations, draws = self._settings
-        objectives = known.values.shape[1]
-        if self._reference is not None and len(self._reference) != objectives:
-            raise SettingError(f"reference has {len(self._reference)} values for {objectives} objectives.")
-        reference = None if self._reference is None else tuple(known.signs * np.array(self._reference))
+        reference, ideal = (
+            minimized(name, given, known) for name, given in (("reference", self._reference), ("ideal", self._ideal))
+        )
         settings = Settings(
-            SPARE * self._size(len(known.genes)), population, generations, draws, reference, self._start
+            SPARE * self._size(len(known.genes)), population, generations, draws, reference, self._start, ideal
         )
         seed = self._seed % 2**32
 

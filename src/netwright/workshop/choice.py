@@ -1,12 +1,24 @@
 """Choosing from what was measured: which candidates deserve a full recovery, and which is handed back."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from netwright.core.front import Front
 from netwright.workshop.point import Point, ratios
 from netwright.workshop.target import Keep, Limit
 
-__all__ = ["REFERENCE", "excess", "finalists", "front_of", "front_volume", "ranking", "shortfall"]
+__all__ = [
+    "REFERENCE",
+    "Finalist",
+    "excess",
+    "front_of",
+    "front_volume",
+    "next_finalist",
+    "ranking",
+    "regain",
+    "shortfall",
+]
 
 REFERENCE = 1.1
 """Ratio at which a cost stops to count for the hypervolume: a little beyond the baseline's own."""
@@ -15,6 +27,8 @@ REFERENCE = 1.1
 _RESERVE = 0.5  # of what may be given up of the score is held back against the luck of the validation split
 _SLACK = 3.0
 _LEAST_SLACK = 0.005  # of the score, where nothing may be given up
+_LEAST_PROMISE = 0.01  # of a full recovery: a hundredth of the cost
+_TINY = 1e-12
 
 
 def front_of(points: Sequence[Point], baseline: Point, limits: Sequence[Limit]) -> list[Point]:
@@ -76,23 +90,88 @@ def ranking(points: Sequence[Point], baseline: Point, limits: Sequence[Limit], k
     return sorted(points, key=order)
 
 
-def finalists(points: Sequence[Point], baseline: Point, limits: Sequence[Limit], keep: Keep, count: int) -> list[Point]:
-    """Which candidates deserve a full recovery, most promising first.
+def regain(keep: Keep, trained: float) -> float:
+    """How much score a full recovery may give back to a candidate.
 
-    Candidates trained only briefly while searching, so one that meets every target and lacks a little of the score (up
-    to three times what may be given up) is expected to regain it, and goes before one that keeps the score beyond
-    a target. Of those that keep it with a reserve (see :func:`ranking`), the cheapest come first; of the others, those
-    with the best score.
+    Three times what may be given up, less what it had already.
+
+    Args:
+        keep: the floor of the score.
+        trained: the share of the longest recovery that it had, 0 to 1.
     """
+    return _SLACK * max(abs(keep.change), _LEAST_SLACK) * (1.0 - trained)
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A candidate for a full recovery.
+
+    Args:
+        point: as it was measured.
+        trained: the share of the longest recovery that it had, 0 to 1.
+    """
+
+    point: Point
+    trained: float
+
+
+def next_finalist(
+    waiting: Sequence[Finalist],
+    standing: Sequence[Point],
+    baseline: Point,
+    limits: Sequence[Limit],
+    keep: Keep,
+    *,
+    insure: bool,
+) -> Finalist | None:
+    """Which candidate deserves a full recovery next.
+
+    Candidates trained only briefly while searching, so one that lacks a little of the score (see :func:`regain`) may
+    well get it back. First comes the cheapest of those that lack nothing: it can be handed back whatever becomes of the
+    others. Then, if it misses a target that others meet, those of them that lack least; else the one with the largest
+    expected gain,
+
+        (1 - d / D) * log(c / c'),
+
+    ``d`` what it lacks, ``D`` how much may be regained, ``c`` the cost of the cheapest that stands and ``c'`` its own.
+
+    Args:
+        waiting: candidates that had no full recovery.
+        standing: results of full recoveries, and candidates on their way to one.
+        baseline: the reference of every ratio.
+        limits: the targets.
+        keep: the floor of the score.
+        insure: whether to name one even where none promises a gain.
+    """
+    if not waiting:
+        return None
     reserve = _RESERVE * max(-keep.change, 0.0)
-    slack = _SLACK * max(abs(keep.change), _LEAST_SLACK)
 
-    def order(point: Point) -> tuple[float, ...]:
-        over, lacking = excess(point, baseline, limits), shortfall(point, baseline, keep)
-        if over <= 1 and lacking <= -reserve:
-            return (0.0, over)
-        if over <= 1 and lacking <= slack:
-            return (1.0, lacking)
-        return (2.0, over, lacking) if lacking <= 0 else (3.0, lacking, over)
+    def cost(point: Point) -> float:
+        return max(excess(point, baseline, limits), _TINY)
 
-    return sorted(points, key=order)[:count]
+    def lacks(point: Point) -> float:
+        """How far it is from being handed back: with the reserve where it meets every target, else without."""
+        return shortfall(point, baseline, keep) + (reserve if cost(point) <= 1 else 0.0)
+
+    def chance(one: Finalist) -> float:
+        lacking, room = lacks(one.point), regain(keep, one.trained)
+        return 1.0 if lacking <= 0 else max(0.0, 1.0 - lacking / room) if room > 0 else 0.0
+
+    def order(one: Finalist) -> tuple[float, ...]:
+        over, lacking, meets = cost(one.point), lacks(one.point), cost(one.point) <= 1
+        if lacking <= 0:
+            return (0.0 if meets else 2.0, over)
+        return (1.0 if meets and chance(one) > 0 else 3.0, lacking, over)
+
+    least = min((cost(point) for point in standing if lacks(point) <= 0), default=None)
+    if least is None:
+        sound = [one for one in waiting if lacks(one.point) <= 0]
+        return min(sound, key=lambda one: cost(one.point)) if sound else min(waiting, key=order)
+    meeting = [one for one in waiting if cost(one.point) <= 1 and chance(one) > 0]
+    if least > 1 and meeting:
+        return max(meeting, key=chance)
+    best = max(waiting, key=lambda one: chance(one) * math.log(least / cost(one.point)))
+    if chance(best) * math.log(least / cost(best.point)) > _LEAST_PROMISE:
+        return best
+    return min(waiting, key=order) if insure else None

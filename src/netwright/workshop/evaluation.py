@@ -32,7 +32,17 @@ from netwright.workshop.pace import epoch_seconds
 from netwright.workshop.point import Point, Step
 from netwright.workshop.quiet import QuietRoom
 
-__all__ = ["Evaluator", "Measuring", "Outcome", "Request", "Subject", "is_low_precision", "rebuild", "structure"]
+__all__ = [
+    "Evaluator",
+    "Measuring",
+    "Outcome",
+    "Request",
+    "Subject",
+    "is_low_precision",
+    "most_epochs",
+    "rebuild",
+    "structure",
+]
 
 _QUANTIZED_SHARE = 0.3  # of the recovery is spent after a step that simulates low precision
 _QUANTIZED_COST = 2.5  # an epoch there takes this many times as long
@@ -228,9 +238,9 @@ class Evaluator:
     def _epochs(self, model: nn.Module, seconds: float) -> float:
         """Epochs that fit into ``seconds`` of training this candidate here; a fixed share under a task's own fit."""
         subject = self._subject
+        most, least = most_epochs(subject.task, subject.recipe), _LEAST_EPOCHS * subject.recipe.epochs
         if subject.task.fit is not None:
-            return _OWN_SHARE * subject.recipe.epochs
-        most, least = _MOST_EPOCHS * subject.recipe.epochs, _LEAST_EPOCHS * subject.recipe.epochs
+            return most
         epochs = seconds / epoch_seconds(model, subject.task, subject.recipe, subject.teacher)
         return round(min(most, max(least, epochs)), 3)
 
@@ -243,6 +253,11 @@ class Evaluator:
                 path, self._baseline, example, batch=how.batch, threads=how.threads, seconds=how.seconds
             )
         return cost, ratio
+
+
+def most_epochs(task: Task, recipe: Recipe) -> float:
+    """The longest recovery of a candidate; the only one, where the task trains by its own fit."""
+    return (_MOST_EPOCHS if task.fit is None else _OWN_SHARE) * recipe.epochs
 
 
 def structure(model: nn.Module, task: Task, steps: Sequence[Step], seed: int) -> nn.Module:

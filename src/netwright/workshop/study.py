@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from netwright.core.errors import CorruptRunError
 from netwright.core.rundir import RunDirectory
 from netwright.search import LINASSampler
+from netwright.workshop.choice import regain
 from netwright.workshop.evaluation import Outcome
 from netwright.workshop.job import Sampler
 from netwright.workshop.point import Point, Step, key, ratios
@@ -35,7 +36,8 @@ EVALUATIONS = "evaluations.jsonl"
 _JOURNAL = "study.journal"
 _POPULATION = 16
 _START, _BATCH = 12, 4  # evaluations before the first predictors, and between two fits of them
-_FLOOR = "score"  # name of the constraint: how far the score lies below what must be kept
+_FLOOR = "score"  # name of the constraint: how far the score lies below what can be worth a full recovery
+_HOPED = 0.5  # of what such a recovery may give back
 _TINY = 1e-12  # the least share of a cost
 _TRIES = 3  # proposals of the sampler that only repeat what is known before it is helped
 _RANDOM = 200  # random ones that do so before the space counts as used up
@@ -74,6 +76,7 @@ class Study:
         keep: the floor of the score, a constraint for the sampler.
         seed: source of the sampler's randomness.
         sampler: "linas" for evolution on predictors, "nsga2" for evolution on what was measured.
+        longest: epochs of a full recovery, which gives back some of the score that a short one leaves lost.
     """
 
     def __init__(
@@ -85,8 +88,11 @@ class Study:
         keep: Keep,
         seed: int,
         sampler: Sampler = "linas",
+        *,
+        longest: float,
     ) -> None:
         self._run, self._space, self._baseline, self._keep = run, space, baseline, keep
+        self._longest = longest
         self._metrics = tuple(limit.metric for limit in limits)
         lines = run.lines(EVALUATIONS)
         self.entries = _entries(run.path / EVALUATIONS, lines)
@@ -133,7 +139,7 @@ class Study:
                 network = {name: value for name, value in entry.params.items() if name not in forms[0]}
                 shares = ratios(entry.point, self._baseline)
                 cost = math.fsum(math.log(max(shares[metric], _TINY)) for metric in self._metrics)
-                lost = float(self._violation(entry.point) > 0)
+                lost = float(self._violation(entry) > 0)
                 costs.setdefault(repr(sorted(network.items())), {})[used[0]] = cost + lost
         gaps = [[cost[n] - cost[0] for cost in costs.values() if n in cost and 0 in cost] for n in range(len(forms))]
         return min(range(len(forms)), key=lambda number: fmean(gaps[number]) if gaps[number] else float(number > 0))
@@ -171,14 +177,15 @@ class Study:
             self.failed += 1
             self._study.tell(proposal.trial, state=TrialState.FAIL)
         else:
-            proposal.trial.set_constraint(_FLOOR, self._violation(entry.point))
+            proposal.trial.set_constraint(_FLOOR, self._violation(entry))
             self._study.tell(proposal.trial, self._values(entry.point))
         return entry
 
     def _sampler(self, name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
         if name == "nsga2":
             return optuna.samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
-        return LINASSampler(self._space.search_space(), start=_START, batch=_BATCH, seed=seed)
+        ideal = max(self._baseline.val, self._floor), *(-math.inf for _ in self._metrics)
+        return LINASSampler(self._space.search_space(), start=_START, batch=_BATCH, ideal=ideal, seed=seed)
 
     def _open(self, path: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
         for stale in (path, path.with_name(path.name + ".lock")):
@@ -192,25 +199,35 @@ class Study:
         )
 
     def _frozen(self, line: Mapping[str, Any]) -> FrozenTrial:
-        point = _entry(line).point
+        entry = _entry(line)
         known = self._space.distributions()
         distributions = {name: known[name] for name in line["params"] if name in known}
         params = {name: line["params"][name] for name in distributions}  # older versions had other decisions
-        if point is None:
+        if entry.point is None:
             return create_trial(state=TrialState.FAIL, params=params, distributions=distributions)
         return create_trial(
-            values=self._values(point),
+            values=self._values(entry.point),
             params=params,
             distributions=distributions,
-            constraints={_FLOOR: self._violation(point)},
+            constraints={_FLOOR: self._violation(entry)},
         )
 
     def _values(self, point: Point) -> list[float]:
         shares = ratios(point, self._baseline)
         return [point.val, *(shares[metric] for metric in self._metrics)]
 
-    def _violation(self, point: Point) -> float:
-        return self._baseline.val + self._keep.change - point.val
+    def trained(self, entry: Entry) -> float:
+        """The share of a full recovery that a candidate had, at most 1."""
+        return min(1.0, entry.epochs / self._longest)
+
+    @property
+    def _floor(self) -> float:
+        return self._baseline.val + self._keep.change
+
+    def _violation(self, entry: Entry) -> float:
+        """How far a candidate is from a score that a full recovery may well raise to the floor."""
+        assert entry.point is not None
+        return self._floor - entry.point.val - _HOPED * regain(self._keep, self.trained(entry))
 
 
 def _entries(path: Path, lines: Sequence[Mapping[str, Any]]) -> list[Entry]:
