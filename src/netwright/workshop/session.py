@@ -5,7 +5,6 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,23 +14,19 @@ from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.core.transform import Progress
 from netwright.workshop.baseline import Baseline, make_baseline
-from netwright.workshop.choice import Finalist, next_finalist
 from netwright.workshop.engine import Engine
-from netwright.workshop.evaluation import Outcome, Request, Subject, most_epochs
+from netwright.workshop.evaluation import Request, Subject, most_epochs
+from netwright.workshop.finals import CLOSING, Finals
 from netwright.workshop.finish import Findings, conclude, write_unbegun
 from netwright.workshop.job import Job
 from netwright.workshop.local import LocalEngine
 from netwright.workshop.plan import Plan, make_plan
-from netwright.workshop.point import Point, ratios
-from netwright.workshop.study import Entry, Proposal, Study
+from netwright.workshop.point import ratios
+from netwright.workshop.study import Proposal, Study
 
 __all__ = ["Session", "make_engine"]
 
 _TICK = 0.25  # seconds between looks at the clock
-_CLOSING = 8.0  # seconds that the last measurements, the artifacts and the report take
-_FINALISTS = 2  # candidates for each worker that time is kept for to recover them in full
-_MARGIN = 1.25  # on the time that this is known to take
-_LEAST_TRAINED = 0.01  # of a full recovery, below which a candidate tells nothing of the time that one takes
 _TEACHER_SHARE = 0.1  # of the budget may go into the teacher's outputs
 _CLOCK = "clock.json"
 
@@ -105,17 +100,18 @@ class Session:
         self._mark("plan")
         engine = make_engine(self.job.engine, self._subject(baseline), plan.workers)
         try:
-            self._search(engine, study, plan, self._findings)
+            finals = Finals(self.job, baseline.point, study, plan)
+            self._search(engine, study, plan, finals, self._findings)
             self._mark("search")
-            finals = self._finals(engine, study, plan)
+            outcomes = finals.run(engine, self.elapsed, self._tell)
             self._mark("finals")
         finally:
             engine.close()
         self._tell("measuring and testing the chosen model")
         self._save_clock()
-        result = conclude(self._findings, finals, self._recipe, self.elapsed)
+        result = conclude(self._findings, outcomes, self._recipe, self.elapsed)
         self._mark("closing")
-        busy = math.fsum(entry.seconds for entry in study.entries) + math.fsum(outcome.seconds for outcome in finals)
+        busy = math.fsum(entry.seconds for entry in study.entries) + math.fsum(outcome.seconds for outcome in outcomes)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.run.write(
             "phases.json",
@@ -140,14 +136,18 @@ class Session:
             measuring=self.job.measuring,
         )
 
-    def _search(self, engine: Engine, study: Study, plan: Plan, findings: Findings) -> None:
+    def _search(self, engine: Engine, study: Study, plan: Plan, finals: Finals, findings: Findings) -> None:
         """Propose and evaluate until the time for it ends or nothing new is found."""
         flying: dict[int, Proposal] = {}
         spent = [entry.seconds for entry in study.entries]
         exhausted = False
         while True:
             usual = statistics.median(spent) if spent else plan.candidate_seconds
-            while len(flying) < engine.workers and not exhausted and self._may_start(study, plan, len(flying), usual):
+            while (
+                len(flying) < engine.workers
+                and not exhausted
+                and self._may_start(study, plan, finals, len(flying), usual)
+            ):
                 proposal = study.ask()
                 if proposal is None:
                     exhausted = True
@@ -171,91 +171,13 @@ class Session:
                 findings.write_interrupted(self.elapsed())
             self._tell(self._headline(study))
 
-    def _may_start(self, study: Study, plan: Plan, flying: int, usual: float) -> bool:
+    def _may_start(self, study: Study, plan: Plan, finals: Finals, flying: int, usual: float) -> bool:
         """Whether another candidate fits into the time; the first one always does, for nothing follows without it."""
         done = len(study.entries) + flying
         if self.job.evaluations is not None and done >= self.job.evaluations:
             return False
-        left = self.job.budget - self.elapsed() - usual - _CLOSING
-        return done == 0 or left > plan.final_seconds or left > self._reserved(study, plan)
-
-    def _next(self, study: Study, begun: Sequence[int], standing: Sequence[Point], workers: int) -> Entry | None:
-        """The entry to recover in full next; in the first round one for each worker, for it costs no time."""
-        assert self._findings is not None
-        waiting = {
-            id(entry.point): (entry, Finalist(entry.point, study.trained(entry)))
-            for entry in study.entries
-            if entry.point is not None and entry.number not in begun
-        }
-        found = next_finalist(
-            [one for _, one in waiting.values()],
-            standing,
-            self._findings.baseline.point,
-            self.job.limits,
-            self.job.keep,
-            insure=len(begun) < workers,
-        )
-        return None if found is None else waiting[id(found.point)][0]
-
-    def _lineup(self, study: Study, workers: int) -> list[Entry]:
-        """The first who would be recovered in full, as far as is known now: up to two for each worker."""
-        found: list[Entry] = []
-        while len(found) < _FINALISTS * workers:
-            standing = [entry.point for entry in found if entry.point is not None]
-            entry = self._next(study, [entry.number for entry in found], standing, workers)
-            if entry is None:
-                break
-            found.append(entry)
-        return found
-
-    def _reserved(self, study: Study, plan: Plan) -> float:
-        """Time for full recovery: what the plan keeps for it, or less where the longest recoveries take less."""
-        spent = []
-        for entry in self._lineup(study, plan.workers):
-            trained = study.trained(entry)
-            if trained < _LEAST_TRAINED:
-                return plan.final_seconds
-            spent.append(entry.seconds + plan.candidate_seconds * (1 / trained - 1))
-        needed = max(max(spent, default=math.inf), math.fsum(spent) / plan.workers)
-        return min(plan.final_seconds, _MARGIN * needed)
-
-    def _finals(self, engine: Engine, study: Study, plan: Plan) -> list[Outcome]:
-        """Recover the most promising candidates in full, and further ones while the time allows."""
-        count = len(self._lineup(study, engine.workers))
-        rounds = max(1, -(-count // engine.workers))
-        left = max(self.job.budget - self.elapsed() - _CLOSING, plan.candidate_seconds)
-        usual = statistics.median([entry.seconds for entry in study.entries]) if study.entries else 0.0
-        overhead = max(0.0, usual - plan.candidate_seconds)
-        seconds = max(left / rounds - overhead, plan.candidate_seconds)
-        begun: list[int] = []
-        flying: dict[int, Point] = {}
-        outcomes: list[Outcome] = []
-        while True:
-            while len(flying) < engine.workers:
-                longest = max((outcome.seconds for outcome in outcomes), default=seconds + overhead)
-                if len(begun) >= count and self.elapsed() + longest > self.job.budget - _CLOSING:
-                    break
-                done = [outcome.point for outcome in outcomes if outcome.point is not None]
-                entry = self._next(study, begun, [*flying.values(), *done], engine.workers)
-                if entry is None or entry.point is None:
-                    break
-                begun.append(entry.number)
-                flying[entry.number] = entry.point
-                engine.submit(
-                    Request(
-                        number=entry.number,
-                        steps=entry.point.steps,
-                        seconds=seconds,
-                        seed=self.job.seed + entry.number,
-                        deliver=True,
-                    )
-                )
-            if not flying:
-                return outcomes
-            for outcome in engine.wait(_TICK):
-                del flying[outcome.request.number]
-                outcomes.append(outcome)
-            self._tell(f"full recovery of the most promising, {len(outcomes)} of {max(count, len(begun))} done")
+        left = self.job.budget - self.elapsed() - usual - CLOSING
+        return done == 0 or left > plan.final_seconds or left > finals.reserved()
 
     def _mark(self, phase: str) -> None:
         """Note how long the phase took that ends here."""

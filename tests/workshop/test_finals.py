@@ -1,0 +1,104 @@
+"""Full recovery: who gets it, in which order, with how much time, and what is kept for it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from subjects import point
+from test_study import BASE, SPACE, open_run
+
+from netwright.workshop.evaluation import Outcome, Request
+from netwright.workshop.finals import CLOSING, Finals
+from netwright.workshop.job import Job
+from netwright.workshop.plan import Plan
+from netwright.workshop.point import Point
+from netwright.workshop.study import Study
+from netwright.workshop.target import parse_keep, parse_targets
+
+LONGEST = 8.0
+Judge = Callable[[Request], Point | None]
+
+
+class Bench:
+    """An engine whose workers answer after some seconds of a clock that runs while it waits."""
+
+    def __init__(self, judge: Judge, workers: int = 2, seconds: float = 5.0) -> None:
+        self.judge, self.workers, self.seconds = judge, workers, seconds
+        self.now, self.flying, self.asked = 0.0, [], []
+
+    def submit(self, request: Request) -> None:
+        assert len(self.flying) < self.workers
+        self.flying.append((self.now + self.seconds, request))
+        self.asked.append(request)
+
+    def wait(self, timeout: float) -> Sequence[Outcome]:
+        self.now += timeout
+        done = [request for end, request in self.flying if end <= self.now]
+        self.flying = [(end, request) for end, request in self.flying if end > self.now]
+        return [Outcome(request, self.judge(request), None, self.seconds) for request in done]
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+def finals(path: Path, values: Sequence[tuple[float, float, float]], budget: float = 100.0) -> Finals:
+    """After candidates of these val scores, latencies and epochs, each of 4 seconds of which 2 were training."""
+    with open_run(path / "run") as run:
+        limits, keep = parse_targets(["latency<=0.001x"]), parse_keep("score>=-0.01")
+        study = Study(run, SPACE, BASE, limits, keep, 0, longest=LONGEST)
+        for val, latency, epochs in values:
+            proposal = study.ask()
+            assert proposal is not None
+            request = Request(proposal.number, proposal.steps, 2.0, 0, proposal.params)
+            made = point(val, latency, 1.0, *proposal.steps)
+            study.tell(proposal, Outcome(request, made, None, 4.0, epochs=epochs), finished=1.0)
+        job = Job("tiny", limits, keep, budget, path / "run")
+        return Finals(job, BASE, study, Plan(SPACE, 2, 0.0, 2.0, 40.0, []))
+
+
+def same(phase: Finals) -> Judge:
+    return lambda request: phase.study.entries[request.number].point
+
+
+CANDIDATES = [(0.9, 0.5, 2.0), (0.885, 0.1, 2.0), (0.88, 0.2, 2.0), (0.9, 0.8, 2.0), (0.6, 0.01, 2.0)]
+
+
+def test_the_safe_one_then_gains_then_as_long_as_there_are_any(tmp_path: Path) -> None:
+    phase = finals(tmp_path, CANDIDATES)
+    bench = Bench(same(phase))
+    found = phase.run(bench, lambda: bench.now, lambda text: None)
+    assert [request.number for request in bench.asked] == [0, 1, 2], "what is dearer than 0, or lost, stays away"
+    assert [outcome.request.number for outcome in found] == [0, 1, 2]
+    assert all(request.deliver for request in bench.asked)
+
+
+def test_what_regains_the_score_makes_the_dearer_ones_needless(tmp_path: Path) -> None:
+    phase = finals(tmp_path, CANDIDATES)
+    bench = Bench(lambda request: replace(same(phase)(request), val=0.9))
+    phase.run(bench, lambda: bench.now, lambda text: None)
+    assert [request.number for request in bench.asked] == [0, 1]
+
+
+def test_where_recovery_fails_the_next_safe_one_follows(tmp_path: Path) -> None:
+    phase = finals(tmp_path, CANDIDATES)
+    bench = Bench(lambda request: None)
+    phase.run(bench, lambda: bench.now, lambda text: None)
+    assert [request.number for request in bench.asked][:4] == [0, 1, 3, 2]
+
+
+def test_time_is_shared_and_ends(tmp_path: Path) -> None:
+    phase = finals(tmp_path, CANDIDATES, budget=50.0)
+    bench = Bench(lambda request: None, seconds=22.0)
+    phase.run(bench, lambda: bench.now, lambda text: None)
+    assert len(bench.asked) == 3, "those that were planned; no fourth after 22 of 50 seconds"
+    assert bench.asked[0].seconds == pytest.approx((50.0 - CLOSING) / 2 - 2.0), "two rounds, 2 s of each not training"
+
+
+def test_time_is_kept_for_what_the_longest_recoveries_take(tmp_path: Path) -> None:
+    phase = finals(tmp_path / "a", CANDIDATES)  # three in line, with a quarter of the longest recovery each
+    assert phase.reserved() == pytest.approx(1.25 * 3 * (4.0 + 2.0 * 3) / 2)
+    slow = finals(tmp_path / "b", [(0.9, 0.5, 0.01)])
+    assert slow.reserved() == 40.0, "as planned where that is not known"
+    assert finals(tmp_path / "c", []).reserved() == 40.0
+    assert finals(tmp_path / "d", [(0.9, 0.5, 8.0)]).reserved() == pytest.approx(1.25 * 4.0)
