@@ -22,7 +22,6 @@ WHY = (
 )
 
 
-
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     task = task_of(small_cnn, items=6000, epochs=4, smoke=smoke)
     model = trained(task, seed)

@@ -101,6 +101,8 @@ def test_the_order_in_which_candidates_are_handed_back() -> None:
 def test_a_reserve_of_score_goes_before_the_last_bit_of_cost() -> None:
     safe, edge, slow = point(0.896, 0.2), point(0.891, 0.1), point(0.9, 0.5)
     assert ranking([slow, edge, safe], BASE, LATENCY, KEEP) == [safe, edge, slow]
+    closer = point(0.891, 0.45)
+    assert ranking([closer, slow], BASE, LATENCY, KEEP) == [slow, closer], "beyond the target too"
     exact = parse_keep("score>=0")
     assert ranking([point(0.9, 0.2), cheaper := point(0.9, 0.1)], BASE, LATENCY, exact)[0] is cheaper
 

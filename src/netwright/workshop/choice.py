@@ -76,15 +76,15 @@ def ranking(points: Sequence[Point], baseline: Point, limits: Sequence[Limit], k
 
     First those that meet every target and keep the score with half of what may be given up in reserve, smallest costs
     first: a candidate chosen among many for its validation score scores a little lower on new data. Then those that
-    keep it without that reserve; then those that only keep the score, nearest to the target first; then the rest, by
-    how much score they lack.
+    keep it without that reserve; then those that only keep the score, with the reserve and without, nearest to the
+    target first; then the rest, by how much score they lack.
     """
     reserve = _RESERVE * max(-keep.change, 0.0)
 
     def order(point: Point) -> tuple[float, ...]:
         over, lacking = excess(point, baseline, limits), shortfall(point, baseline, keep)
         if lacking <= 0:
-            return (2.0 if over > 1 else 1.0 if lacking > -reserve else 0.0, over, -point.val)
+            return (2.0 if over > 1 else 0.0, lacking > -reserve, over, -point.val)
         return (3.0, lacking, over)
 
     return sorted(points, key=order)
@@ -151,8 +151,8 @@ def next_finalist(
         return max(excess(point, baseline, limits), _TINY)
 
     def lacks(point: Point) -> float:
-        """How far it is from being handed back: with the reserve where it meets every target, else without."""
-        return shortfall(point, baseline, keep) + (reserve if cost(point) <= 1 else 0.0)
+        """How far it is from keeping the score with the reserve of :func:`ranking`."""
+        return shortfall(point, baseline, keep) + reserve
 
     def chance(one: Finalist) -> float:
         lacking, room = lacks(one.point), regain(keep, one.trained)

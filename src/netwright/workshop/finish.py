@@ -34,6 +34,7 @@ RESULT = "result.json"
 
 _FLOOR_DEPTH = 2.0  # the front's hypervolume counts scores down to this many times the loss that is accepted
 _PAIRED_SECONDS = 2.0
+_PAIRED = 4  # finalists, the most promising ones, that are measured at length
 
 
 @dataclass(frozen=True)
@@ -153,16 +154,17 @@ def conclude(
     Only a finalist that costs less than the baseline in every targeted metric can be chosen; where there is none,
     the baseline itself is handed back and the explanation says so.
     """
-    measured = [_paired(findings, outcome) for outcome in finals if outcome.point is not None]
+    base, job = findings.baseline.point, findings.job
+    found = {id(outcome.point): outcome for outcome in finals if outcome.point is not None}
+    promising = ranking([outcome.point for outcome in found.values() if outcome.point], base, job.limits, job.keep)
+    measured = [_paired(findings, found[id(point)]) for point in promising[:_PAIRED]]
     by_point = {id(outcome.point): outcome for outcome in measured}
-    base = findings.baseline.point
     better = [
         outcome.point
         for outcome in measured
-        if outcome.point is not None
-        and all(ratios(outcome.point, base)[limit.metric] < 1 for limit in findings.job.limits)
+        if outcome.point is not None and all(ratios(outcome.point, base)[limit.metric] < 1 for limit in job.limits)
     ]
-    order = ranking(better, base, findings.job.limits, findings.job.keep)
+    order = ranking(better, base, job.limits, job.keep)
     chosen = by_point[id(order[0])] if order else None
     _write_artifacts(findings, chosen, recipe)
     return findings.write(_judge(findings, chosen), clock())
