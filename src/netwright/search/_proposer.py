@@ -13,10 +13,11 @@ from netwright.core.errors import SettingError
 from netwright.search._encoding import Encoding
 from netwright.search._gain import directions, front_rows, reach
 
-__all__ = ["Measured", "Scale", "Settings", "minimized", "propose"]
+__all__ = ["Measured", "Scale", "Settings", "bounded", "minimized", "propose"]
 
 Array: TypeAlias = NDArray[np.float64]
 _SHORT_LIST = 256
+_LEAST_CHANCE = 0.05  # of meeting all constraints
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,17 @@ class Scale:
         return np.where(warped > 0, np.expm1(np.clip(warped, 0.0, 50.0)), warped)
 
 
+def bounded(violations: Array) -> Array:
+    """``v / w`` up to 1, ``1 + log(v / w)`` beyond, with ``w`` three times the median of ``|v|``.
+
+    How far beyond a limit the far ones are counts little: else some candidates that do not work at all make a predictor
+    so unsure of everything that none looks infeasible.
+    """
+    width = 3.0 * float(np.median(np.abs(violations))) or float(np.abs(violations).max()) or 1.0
+    share = violations / width
+    return np.where(share > 1, 1.0 + np.log(np.maximum(share, 1.0)), share)
+
+
 class Model(Protocol):
     """A fitted predictor."""
 
@@ -127,7 +139,7 @@ def propose(
     values = scale.warp(known.values)
     features = look(known.genes)
     models = [fit(features, column) for column in values.T]
-    limits = [fit(features, column) for column in known.violations.T if (column > 0).any()]
+    limits = [fit(features, bounded(column)) for column in known.violations.T if (column > 0).any()]
     feasible = np.asarray((known.violations <= 0).all(1), dtype=bool)
     good = values[feasible] if feasible.any() else values
     end = scale.reference() if settings.reference is None else np.asarray(settings.reference, dtype=float)
@@ -190,7 +202,7 @@ class _Score:
         for normal in self._normal:
             far = self._reach(mean + normal * spread)
             found += np.maximum(far - self._reached, 0.0).mean(1)
-        return chance * found / len(self._normal)
+        return _likely(chance) * found / len(self._normal)
 
     def _reach(self, warped: Array) -> Array:
         values = np.maximum(self._scale.unwarp(warped), self._box.ideal)
@@ -200,6 +212,11 @@ class _Score:
     def reached(self) -> Array:
         """How far what was measured reaches along each direction, ``(k,)``."""
         return self._reached
+
+
+def _likely(chance: Array) -> Array:
+    """Probabilities of being feasible, 0 for small ones: no gain is worth the trials that it would take."""
+    return np.where(chance < _LEAST_CHANCE, 0.0, chance)
 
 
 @dataclass
@@ -245,7 +262,7 @@ def _evolve(
     for _ in range(settings.generations):
         if archive:
             merged = _merge(archive)
-            best = np.argsort(-merged.gain, kind="stable")[: settings.population // 2]
+            best = np.lexsort((-merged.chance, -merged.gain))[: settings.population // 2]
             admit(_offspring(encoding, np.concatenate([merged.genes[best], parents]), settings.population, rng))
         else:
             admit(encoding.random(rng, settings.population))
@@ -298,7 +315,7 @@ def _greedy(pool: _Pool, score: _Score, count: int) -> Array:
     left = np.ones(len(short), dtype=bool)
     taken = []
     for _ in range(min(count, len(short))):
-        gain = np.maximum(far - reached[:, None, :], 0).mean((0, 2)) * pool.chance[short]
+        gain = np.maximum(far - reached[:, None, :], 0).mean((0, 2)) * _likely(pool.chance[short])
         best = int(np.lexsort((-pool.chance[short], np.where(left, -gain, 1.0)))[0])
         left[best] = False
         taken.append(short[best])

@@ -29,7 +29,8 @@ class LINASSampler(ModelSampler):
 
     1. Each objective ``y`` is seen through ``z = (y - m) / w`` up to the median ``m`` of the random start, and
        ``z = log(1 + (y - m) / w)`` beyond, ``w`` the distance from ``m`` to the best of the start. How bad a bad
-       candidate is takes no part of a predictor's attention.
+       candidate is takes no part of a predictor's attention; nor does it with constraints, which are seen through their
+       logarithm beyond three times their median size.
     2. A predictor ``p(z | x)`` with mean and deviation for each objective and each constraint is fitted to all that was
        measured; cross-validation weighs a tree ensemble, ridge regression and a Gaussian process, and makes the
        deviation honest (:func:`~netwright.search.predictors.stack`).

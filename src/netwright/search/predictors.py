@@ -166,7 +166,7 @@ def stack(
     The weights are
 
     .. math:: w = \arg\min_{w \ge 0,\, \sum_m w_m = 1} \Big\| y - \sum_m w_m p_m \Big\|^2, \qquad
-              s^2 = \sum_m w_m \big( s_m^2 + (p_m - \textstyle\sum_k w_k p_k)^2 \big)
+              s^2 = \sum_m w_m \big( s_m^2 + (p_m - \bar p)^2 \big), \quad \bar p = \sum_m w_m p_m
 
     and ``s`` is the deviation of the mixture: where predictors disagree, none of them is sure. Then it is made honest:
     with ``e`` the held-out residuals the reported variance is ``a² s² + b²``, where ``a`` and ``b`` are fitted so that
