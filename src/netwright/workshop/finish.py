@@ -155,17 +155,15 @@ def conclude(
     the baseline itself is handed back and the explanation says so.
     """
     base, job = findings.baseline.point, findings.job
-    found = {id(outcome.point): outcome for outcome in finals if outcome.point is not None}
-    promising = ranking([outcome.point for outcome in found.values() if outcome.point], base, job.limits, job.keep)
-    measured = [_paired(findings, found[id(point)]) for point in promising[:_PAIRED]]
-    by_point = {id(outcome.point): outcome for outcome in measured}
-    better = [
-        outcome.point
-        for outcome in measured
-        if outcome.point is not None and all(ratios(outcome.point, base)[limit.metric] < 1 for limit in job.limits)
-    ]
-    order = ranking(better, base, job.limits, job.keep)
-    chosen = by_point[id(order[0])] if order else None
+
+    def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Those that cost less than the baseline, in the order in which they would be handed back."""
+        by_point = {id(outcome.point): outcome for outcome in outcomes}
+        points = [outcome.point for outcome in outcomes if outcome.point is not None]
+        better = [p for p in points if all(ratios(p, base)[limit.metric] < 1 for limit in job.limits)]
+        return [by_point[id(point)] for point in ranking(better, base, job.limits, job.keep)]
+
+    chosen = next(iter(ranked([_paired(findings, outcome) for outcome in ranked(finals)[:_PAIRED]])), None)
     _write_artifacts(findings, chosen, recipe)
     return findings.write(_judge(findings, chosen), clock())
 
