@@ -9,11 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
 from netwright.core.errors import CorruptRunError
+from netwright.core.journal import new_journal
 from netwright.core.rundir import RunDirectory
 from netwright.search._workers import Answer
 from netwright.search.result import Direction, Evaluation, Limit, SearchResult
@@ -63,7 +62,10 @@ class Search:
         level = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
-            storage=_journal(folder), directions=list(objectives.values()), sampler=sampler, study_name="netwright"
+            storage=None if folder is None else new_journal(folder.path / _JOURNAL),
+            directions=list(objectives.values()),
+            sampler=sampler,
+            study_name="netwright",
         )
         optuna.logging.set_verbosity(level)
         self._study.add_trials([self._frozen(entry) for entry in self.entries])
@@ -166,16 +168,6 @@ def _read(answer: Answer, needed: Sequence[str]) -> tuple[dict[str, float] | Non
         if isinstance(value, numbers.Real) and math.isfinite(value)
     }
     return kept, None
-
-
-def _journal(folder: RunDirectory | None) -> JournalStorage | None:
-    """A new journal for the study, which is made anew from the log: what a crash left of the old one loses nothing."""
-    if folder is None:
-        return None
-    path = folder.path / _JOURNAL
-    for stale in (path, path.with_name(path.name + ".lock")):
-        stale.unlink(missing_ok=True)
-    return JournalStorage(JournalFileBackend(str(path)))
 
 
 def line_of(entry: Evaluation) -> dict[str, Any]:

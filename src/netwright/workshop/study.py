@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from netwright.core.errors import CorruptRunError
+from netwright.core.journal import new_journal
 from netwright.core.rundir import RunDirectory
 from netwright.search import LINASSampler
 from netwright.workshop.choice import regain
@@ -188,11 +187,9 @@ class Study:
         return LINASSampler(self._space.search_space(), start=_START, batch=_BATCH, ideal=ideal, seed=seed)
 
     def _open(self, path: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
-        for stale in (path, path.with_name(path.name + ".lock")):
-            stale.unlink(missing_ok=True)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         return optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(path))),
+            storage=new_journal(path),
             directions=[StudyDirection.MAXIMIZE, *(StudyDirection.MINIMIZE for _ in self._metrics)],
             sampler=sampler,
             study_name="netwright",
