@@ -138,6 +138,24 @@ def test_corrective_training_is_the_equations(cycles, seed) -> None:
         torch.testing.assert_close(value.detach(), torch.from_numpy(wanted), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(("window", "scored"), [(1, [6, 15]), (3, [4, 5, 6, 13, 14, 15]), (100, list(range(16)))])
+def test_the_steps_of_a_window_are_scored(window, scored, monkeypatch) -> None:
+    now, steps, before, scores = [0], [], Fading.before_step, Fading.scores
+
+    def counted(self, step, total):
+        now[0] = step
+        before(self, step, total)
+
+    def noted(self):
+        steps.append(now[0])
+        return scores(self)
+
+    monkeypatch.setattr(Fading, "before_step", counted)
+    monkeypatch.setattr(Fading, "scores", noted)
+    trained(HESSO(0.6, periods=2, window=window, start=START, stop=STOP), regression(), 30)
+    assert steps == scored
+
+
 def test_a_window_changes_who_goes() -> None:
     found = [[naive(regression(network(seed)), 30, 4, 3, window)[1] for window in (1, 100)] for seed in range(8)]
     assert any(one != many for one, many in found)

@@ -145,6 +145,12 @@ def test_the_expected_gain_weighs_cost_against_what_is_lacking() -> None:
     assert following([bold, near], [safe, point(0.9, 0.05)], insure=False) is None, "dearer than what stands"
 
 
+def test_the_first_keeps_the_score_with_the_reserve() -> None:
+    edge, safe = point(0.892, 0.1), point(0.896, 0.3)
+    assert following([edge, safe], []) is safe
+    assert following([edge], [safe]) is edge
+
+
 def test_a_target_that_is_met_goes_before_a_gain() -> None:
     slow, meets, cheaper = point(0.9, 0.8), point(0.88, 0.39), point(0.87, 0.1)
     assert following([slow, meets, cheaper], []) is slow
