@@ -58,7 +58,7 @@ task = netwright.Task(
     data=netwright.Data(*(TensorDataset(part, part) for part in splits.values())),
     fit=fit,
     evaluate=evaluate,
-    recipe=netwright.Recipe(epochs=20),
+    recipe=netwright.Recipe(epochs=20),  # the baseline's budget; candidates get a quarter of it
 )
 result = netwright.optimize(task, target="size<=0.3x", keep="score>=-0.02", budget=budget, out=out)
 print(result["explanation"])

@@ -45,7 +45,7 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     for small in first_pruned(model, task, seed, epochs / 2):
         rounded = GETA(0.0, least_bits=4, most_bits=4)(small, task, budget=epochs / 2, seed=seed + 1)
         tried.append((evaluate(rounded, task, "val"), evaluate(rounded, task, "test"), bits(rounded)))
-    best = max(tried)
+    best = max(tried, key=lambda entry: entry[0])
     return {
         "method": evaluate(ours, task, "test"),
         "baseline": best[1],

@@ -36,7 +36,7 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
         raw = evaluate(small, task, "test")
         fit(small, task, recipe, seed=seed, validate=False)
         tried.append((evaluate(small, task, "val"), evaluate(small, task, "test"), raw))
-    best = max(tried)
+    best = max(tried, key=lambda entry: entry[0])
     left = sum(value.shape[0] for value in ours.parameters() if value.ndim > 1) - 10
     return {
         "method": evaluate(ours, task, "test"),

@@ -59,7 +59,7 @@ def best(teacher: nn.Module, task: Task, seed: int, epochs: float, *, apart: boo
         else:
             model = fit(own.build(seed), own, seed=seed, teacher=teacher, validate=False).model
         tried.append((evaluate(model, own, "val"), evaluate(model, own, "test")))
-    return max(tried)[1]
+    return max(tried, key=lambda entry: entry[0])[1]
 
 
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:

@@ -58,7 +58,7 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
         recipe = task.recipe.replace(distill_weight=ratio)
         model = fit(student.build(seed), student, recipe, seed=seed, teacher=teacher, validate=False).model
         tried.append((evaluate(model, task, "val"), evaluate(model, task, "test"), ratio))
-    best = max(tried)
+    best = max(tried, key=lambda entry: entry[0])
     ours = TrilateralKD("claims.compress.trilateral_kd:student_network")(teacher, student, seed=seed)
     return {
         "method": evaluate(ours, task, "test"),

@@ -15,6 +15,10 @@ def scripts(wing: str) -> list[str]:
 
 def check(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Run a script once and small."""
-    assert main(["--smoke", name]) == 0, capsys.readouterr().err
-    seed, summary = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    code = main(["--smoke", name])
+    output = capsys.readouterr()
+    if "fails: MissingDataError" in output.err:  # Debian has it as a package, which .ci/run installs
+        pytest.skip(output.err)
+    assert code == 0, output.err
+    seed, summary = (json.loads(line) for line in output.out.splitlines())
     assert (seed["seed"], summary["name"], summary["smoke"]) == (0, name, True)

@@ -145,6 +145,13 @@ def test_train_compares_and_reports(tmp_path: Path) -> None:
     recipe = place / "recipe.json"
     shown = json.loads(invoke("train", "breast-cancer", "--recipe", str(recipe), "--dry-run"))
     assert shown[0]["epochs"] == 1
+    recipe.write_text(json.dumps({"task": "breast-cancer", "steps": [], "training": json.loads(recipe.read_text())}))
+    assert json.loads(invoke("train", "breast-cancer", "--recipe", str(recipe), "--dry-run")) == shown
+
+
+def test_compress_tells_methods_of_one_name_apart() -> None:
+    words = ("compress", "breast-cancer", "--method", "Int8", "--method", "netwright.compress.quantize:Int8")
+    assert list(json.loads(invoke(*words, "--dry-run"))) == ["Int8", "netwright.compress.quantize.Int8"]
 
 
 def test_compress_compares_and_resumes(tmp_path: Path) -> None:

@@ -92,6 +92,9 @@ def test_an_evaluation_of_the_users_own_wins() -> None:
     assert model.training
     with pytest.raises(TaskError, match=r"needs an nn\.Module"):
         evaluate(lambda x: x, task, "val")
+    broken = make_task(score=None, evaluate=lambda model, split: next(iter(())))
+    with pytest.raises(TaskError, match=r"evaluate\(model, 'val'\) raised StopIteration on a Sequential"):
+        evaluate(model, broken, "val")
     with pytest.raises(TaskError, match="no score="):
         score_outputs(make_task(score=None, evaluate=own), torch.zeros(1), torch.zeros(1))
 
@@ -104,6 +107,8 @@ def test_an_evaluation_of_the_users_own_wins() -> None:
         (lambda o, t: "good", "must be a number, got str"),
         (lambda o, t: torch.zeros(2), "must be a number, got Tensor"),
         (lambda o, t: o @ t, "raised RuntimeError on outputs of shape"),
+        (lambda o, t: 1 / int((o.argmax(1) > 5).sum()), "raised ZeroDivisionError on outputs of shape"),
+        (lambda o, t: {}["f1"], "raised KeyError on outputs of shape"),
     ],
 )
 def test_scores_that_are_not_finite_numbers(score: Any, said: str) -> None:

@@ -18,6 +18,7 @@ from netwright.core.data import Data
 from netwright.core.errors import RecipeError
 from netwright.core.evaluate import evaluate
 from netwright.core.fit import fit
+from netwright.core.optimization import make_schedule
 from netwright.core.recipe import Recipe
 from netwright.core.score import r2
 from netwright.core.task import Task
@@ -299,11 +300,31 @@ def test_a_penalty_is_added_to_the_loss() -> None:
             },
             "takes no penalty",
         ),
+        (
+            {
+                "schedule": "torch.optim.lr_scheduler:OneCycleLR",
+                "schedule_settings": {"max_lr": 0.1, "total_steps": 1},
+            },
+            "is given 1 iterations, but the fit has",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         trained(**changes)
+
+
+def test_a_peak_that_is_not_given_is_the_optimizers_rate() -> None:
+    rates = (1e-4, 3e-2)
+    optimizer = torch.optim.AdamW([{"params": [torch.zeros(1, requires_grad=True)], "lr": rate} for rate in rates])
+    schedule = make_schedule(Recipe(), optimizer, 50)
+    assert schedule is not None
+    seen = []
+    for _ in range(50):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    assert [max(column) for column in zip(*seen, strict=True)] == pytest.approx(rates, rel=0.02)
 
 
 def test_an_optimizer_that_observes_sees_two_halves() -> None:

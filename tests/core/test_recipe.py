@@ -113,6 +113,23 @@ def test_a_path_that_leads_nowhere_is_named(path: str) -> None:
     assert repr(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["total_steps", "T_max", "total_iters"])
+def test_lengths_in_iterations_change_with_the_epochs(name: str) -> None:
+    recipe = Recipe(epochs=8, schedule_settings={"max_lr": 0.8, name: 160})
+    assert recipe.lasting(2.0) == recipe.replace(epochs=2.0, schedule_settings={"max_lr": 0.8, name: 40})
+    assert recipe.lasting(32.0).schedule_settings[name] == 640
+    assert recipe.lasting(8) == recipe
+    assert recipe.lasting(0.01).schedule_settings[name] == 1
+
+
+def test_epochs_of_a_schedule_become_its_iterations() -> None:
+    recipe = Recipe(epochs=8, schedule_settings={"max_lr": 0.8, "epochs": 8, "steps_per_epoch": 18})
+    assert recipe.lasting(3.0).schedule_settings == {"max_lr": 0.8, "total_steps": 54}
+    assert recipe.lasting(8.0).schedule_settings == recipe.schedule_settings
+    with pytest.raises(RecipeError, match="epochs"):
+        recipe.lasting(-1.0)
+
+
 def test_scaled_touches_learning_rates_only() -> None:
     recipe = Recipe(optimizer_settings={"lr": 0.4, "weight_decay": 0.1}, schedule_settings={"max_lr": 0.8, "x": 3})
     found = recipe.scaled(0.25)

@@ -126,6 +126,11 @@ def test_what_loss_and_score_see() -> None:
     assert make().read(pair) is pair
     assert make(output=lambda result: result[1]).read((None, x)) is x
     assert make(output=lambda result: result["logits"] + 1).read({"logits": x}).item() == 2.0
+    two = {"logits": x, "hidden": 2 * x}
+    for output in (lambda result: result.hidden, lambda result: result[1], lambda result: result[1:][0]):
+        assert make(output=output).read(two).item() == 2.0, "an exported network returns a plain dict"
+    with pytest.raises(TaskError, match="raised AttributeError on a dict: There is no output 'pooled'"):
+        make(output=lambda result: result.pooled).read(two)
 
 
 def test_example_is_the_head_of_the_training_split() -> None:

@@ -196,6 +196,25 @@ def test_clipping_between_needs_the_second_observation():
     assert optimizers[0].scales == pytest.approx(optimizers[1].scales, rel=1e-6)
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_step_that_is_left_out_is_forgotten_by_zero_grad(twice):
+    """As ``GradScaler`` leaves steps out where gradients overflow."""
+    params, others = weights(), weights()
+    skipping, plain = (AGVM(torch.optim.SGD(modules(p), lr=0.05), interval=2) for p in (params, others))
+    for time in range(6):
+        skipping.zero_grad()
+        add(params, [torch.full_like(p, math.inf) for p in params])
+        skipping.observe()
+        if twice:
+            add(params, [torch.ones_like(p) for p in params])
+            skipping.observe()
+        for optimizer, own in ((skipping, params), (plain, others)):
+            drive(optimizer, own, [time], twice=twice)
+    assert skipping.scales == plain.scales
+    assert plain.scales[1] > 1.01
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
 def test_accumulation_and_closure():
     """Four micro-batches, observed after two, are two halves; so is a closure that observes between two passes."""
     params = [weights() for _ in range(3)]
@@ -369,7 +388,7 @@ def test_misuse_of_observe_is_refused():
     add(params, halves(params, 0)[0])
     optimizer.observe()
     optimizer.observe()
-    with pytest.raises(GradientError, match="three times before step"):
+    with pytest.raises(GradientError, match=r"three times before step.*zero_grad"):
         optimizer.observe()
     single = AGVM(torch.optim.SGD(params, lr=0.1))
     with pytest.raises(SettingError, match=r"one parameter group\. Give one group per module"):

@@ -131,6 +131,31 @@ def test_finds_the_optimum_from_any_first_movement():
             assert np.linalg.norm(joined(weights) - TARGET) < 0.02
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("form", [{}, {"fused": False}, {"foreach": True}])
+def test_a_parameter_without_a_gradient_counts_where_it_is(apart, form):
+    """It is frozen after five steps: distances still contain it, and its average still approaches it."""
+    weights = split((3, 1))
+    groups = [{"params": weights[:1]}, {"params": weights[1:]}] if apart else [{"params": weights}]
+    optimizer = DoG(groups, initial_movement=0.5, average=2.0, **form)
+    iterates, averages, squares = [START], [START], []
+    for t in range(1, 12):
+        gradient(weights)
+        if t > 5:
+            weights[1].grad = None
+        g = torch.cat([torch.zeros(len(w)).double() if w.grad is None else w.grad for w in weights]).numpy()
+        squares.append(np.sum(g**2))
+        radius = max([0.5 * (1 + np.linalg.norm(START))] + [np.linalg.norm(old - START) for old in iterates])
+        iterates.append(iterates[-1] - radius / np.sqrt(np.sum(squares) + 1e-8) * g)
+        averages.append(averages[-1] + 3 / (t + 2) * (iterates[-1] - averages[-1]))
+        optimizer.step()
+        assert optimizer.state[weights[0]]["radius"] == pytest.approx(radius, rel=1e-12)
+        np.testing.assert_allclose(joined(weights), iterates[-1], rtol=1e-9, atol=1e-12)
+        with optimizer.averaged():
+            np.testing.assert_allclose(joined(weights), averages[-1], rtol=1e-9, atol=1e-12)
+    assert abs(iterates[-1][3] - START[3]) > 0.5
+
+
 def test_zero_gradient_moves_nothing():
     weights = split()
     optimizer = DoG(weights, eps=0.0)

@@ -3,6 +3,7 @@
 import functools
 import gc
 import io
+import random
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from netwright.core.errors import ClosureError, GradientError, SettingError, StateDictError
+from netwright.core.randomness import isolated
 from netwright.optim._item_jacobian import ItemJacobian, find_uses, is_coupled
 from netwright.optim.exact_gauss_newton import ExactGaussNewton
 from netwright.testing import check_optimizer
@@ -317,6 +319,23 @@ def test_repeated_closures_see_the_same_dropout():
     assert len(seen) == 2
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(torch.get_rng_state(), seen[0])
+
+
+def test_repeated_closures_see_the_same_random_numbers_of_every_kind():
+    model = nn.Linear(4, 1).double()
+    seen = []
+
+    def closure():
+        outputs = model(randn(6, 4))
+        seen.append((random.random(), float(torch.rand(()))))
+        return LOSSES["mse"](outputs), outputs
+
+    with isolated(3):
+        drawn = [(random.random(), float(torch.rand(()))) for _ in range(2)]
+    with isolated(3):
+        for _ in range(2):
+            ExactGaussNewton(model.parameters(), lr=1e-9, adapt=1.1).step(closure)
+    assert seen == [drawn[0]] * 2 + [drawn[1]] * 2
 
 
 @settings(max_examples=12, deadline=None)

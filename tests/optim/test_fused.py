@@ -3,6 +3,7 @@
 import math
 import os
 import threading
+from array import array
 
 import pytest
 import torch
@@ -84,7 +85,6 @@ def test_kernels_of_one_line(dtype):
     rows = list(zip(left, right, strict=True))
     whole = [torch.cat([entry.double().flatten() for entry in entries]) for entries in (left, right)]
     assert math.isclose(_fused.run(_fused.SQUARES, [(a,) for a in left]), whole[0].dot(whole[0]).item(), rel_tol=1e-13)
-    assert math.isclose(_fused.run(_fused.DOT, rows), whole[0].dot(whole[1]).item(), rel_tol=1e-11)
     assert math.isclose(_fused.run(_fused.DISTANCE, rows), (whole[0] - whole[1]).square().sum().item(), rel_tol=1e-13)
     for kernel, scalar, expected in (
         (_fused.LERP, 0.1, lambda a, b: torch.lerp(a, b, 0.1)),
@@ -97,6 +97,31 @@ def test_kernels_of_one_line(dtype):
         for got, a, b in zip(into, left, right, strict=True):
             tolerance = 4 * torch.finfo(dtype).eps
             torch.testing.assert_close(got, expected(a, b), rtol=tolerance, atol=tolerance)
+
+
+@compiled
+def test_sums_that_are_not_numbers_are_passed_on():
+    into, value, offset = torch.ones(2), torch.tensor([math.nan, 1.0]), torch.zeros(2)
+    assert math.isnan(_fused.run(_fused.SQUARES, [(value,)]))
+    assert math.isnan(_fused.run(_fused.ADD_AND_LOOK, [(into, value, offset)], 1.0, 1.0))
+    assert math.isnan(into[0])
+    assert into[1] == 2.0
+
+
+@compiled
+def test_missing_memory_is_an_error(monkeypatch):
+    """A kernel is told of more elements than there is memory for the sums of their chunks."""
+    table, starts, scalars = array("Q", [0]), array("q", [0, 2**62]), array("d", [])
+    places = [entry.buffer_info()[0] for entry in (table, starts, scalars)]
+    assert _compiled.load().netwright_run(_fused.SQUARES.number, 0, 1, 1, *places, 1) == -1.0
+
+    class Full:
+        netwright_run = staticmethod(lambda *_: -1.0)
+
+    monkeypatch.setattr(_compiled, "load", Full)
+    for kernel, scalars in ((_fused.SQUARES, ()), (_fused.SCALE, (2.0,))):
+        with pytest.raises(MemoryError, match="No memory for a step"):
+            _fused.run(kernel, [(torch.ones(2),)], *scalars)
 
 
 @compiled

@@ -18,7 +18,7 @@ from torch.nn import functional
 from netwright.core.errors import GradientError, SettingError, StateDictError
 from netwright.core.task import load_task
 from netwright.optim import _kronecker
-from netwright.optim._kronecker import damped_inverse, layer_gradients, layer_inputs, split_damping
+from netwright.optim._kronecker import damped_inverse, layer_gradients, layer_inputs, leading_inverse, split_damping
 from netwright.optim.kfac import KFAC
 from netwright.testing import check_optimizer
 
@@ -317,6 +317,95 @@ def test_with_identities_as_inverses_it_is_torch_sgd():
     assert same(train(model, optimizer, 5), wanted)
 
 
+# Groups and frozen parameters
+
+
+def parted(model):
+    """Weights and biases."""
+    weights = [param for param in model.parameters() if param.dim() > 1]
+    return weights, [param for param in model.parameters() if param.dim() == 1]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_bias_in_another_group_belongs_to_its_weight(order):
+    whole, apart = mlp(), mlp()
+    wanted = train(whole, KFAC(whole.parameters(), whole, kl_clip=None), 6)
+    groups = [{"params": parted(apart)[place]} for place in order]
+    assert same(train(apart, KFAC(groups, apart, kl_clip=None), 6), wanted)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_bias_that_is_added_later_joins_its_weight(every):
+    model = mlp()
+    weights, biases = parted(model)
+    optimizer = KFAC(weights, model, update_every=every, **FREE)
+    train(model, optimizer, 3)
+    twin = copy.deepcopy(model)
+    optimizer.add_param_group({"params": biases})
+    assert hooks(model) == 2
+    wanted = train(twin, KFAC(twin.parameters(), twin, **FREE), 1, first=3)
+    assert same(train(model, optimizer, 1, first=3), wanted)
+    assert optimizer.state[model[0].weight]["a"].shape == (5, 5)
+
+
+def test_a_group_that_brings_no_bias_leaves_the_factors():
+    model = mlp()
+    optimizer = KFAC(model[0].parameters(), model)
+    train(model, optimizer, 3)
+    before = optimizer.state[model[0].weight]["a"].clone()
+    optimizer.add_param_group({"params": model[2].parameters()})
+    assert torch.equal(optimizer.state[model[0].weight]["a"], before)
+
+
+def test_factors_that_were_saved_without_the_bias_begin_anew():
+    model = mlp()
+    optimizer = KFAC(model.parameters(), model, **FREE)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["a"] = saved["state"][0]["a"][:-1, :-1]
+    optimizer.load_state_dict(saved)
+    assert "a" not in optimizer.state[model[0].weight]
+    assert "a" in optimizer.state[model[2].weight]
+    train(model, optimizer, 1, first=2)
+    assert optimizer.state[model[0].weight]["a"].shape == (5, 5)
+
+
+def test_a_layer_that_is_unfrozen_later_gets_its_natural_gradient():
+    model = mlp()
+    model[0].requires_grad_(False)
+    optimizer = KFAC(model.parameters(), model, **FREE)
+    start = joint(model[0])
+    functional.cross_entropy(model(data()[0]), data()[1]).backward()
+    assert optimizer._listener.places[id(model[0].weight)].tap.inputs is None
+    train(model, optimizer, 2)
+    np.testing.assert_array_equal(joint(model[0]), start)
+    model[0].requires_grad_(True)
+    twin = copy.deepcopy(model)
+    train(model, optimizer, 1, first=2)
+    train(twin, KFAC(twin.parameters(), twin, **FREE), 1, first=2)
+    np.testing.assert_array_equal(joint(model[0]), joint(twin[0]))
+
+
+def test_a_frozen_bias_leaves_its_column_out():
+    model, twin = mlp(), mlp()
+    for net in (model, twin):
+        for layer in net[::2]:
+            layer.bias.requires_grad_(False)
+    options = {**FREE, "damping": (0.3, 0.2)}
+    wanted = train(twin, KFAC(parted(twin)[0], twin, **options), 4)
+    for got, value in zip(train(model, KFAC(model.parameters(), model, **options), 4), wanted, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 8), st.integers(0, 2**16))
+def test_leading_inverse(size, seed):
+    rows = torch.randn(size + 1, size, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+    matrix = rows.T @ rows + 0.1 * torch.eye(size, dtype=DOUBLE)
+    wanted = torch.linalg.inv(matrix[:-1, :-1])
+    torch.testing.assert_close(leading_inverse(torch.linalg.inv(matrix)), wanted, rtol=1e-7, atol=1e-9)
+
+
 # Damping and inverses
 
 
@@ -432,7 +521,7 @@ def test_forward_passes_alone_leave_nothing_behind():
     with torch.no_grad():
         model(data()[0])
     model(data()[0])
-    taps = [place.tap for place in optimizer._places.values()]
+    taps = [place.tap for place in optimizer._listener.places.values()]
     assert all(tap.inputs is None and tap.samples == 0 for tap in taps)
     train(model, optimizer, 1)
     assert all(tap.inputs is None for tap in taps)
@@ -448,7 +537,7 @@ def test_copies_of_the_model_are_free_of_the_optimizer():
     copies.append(torch.load(file, weights_only=False))
     for twin in copies:
         functional.cross_entropy(twin(data()[0]), data()[1]).backward()
-    assert all(place.tap.inputs is None for place in optimizer._places.values())
+    assert all(place.tap.inputs is None for place in optimizer._listener.places.values())
     wanted = train(lone, KFAC(lone.parameters(), lone), 3)
     assert same(train(model, optimizer, 3), wanted)
     assert same(train(copies[0], KFAC(copies[0].parameters(), copies[0]), 3), wanted)
@@ -481,7 +570,7 @@ def test_factors_are_gathered_only_when_they_are_due():
     optimizer = KFAC(model.parameters(), model, update_every=3)
     seen = []
     for step in range(7):
-        seen.append(next(iter(optimizer._places.values())).tap.armed)
+        seen.append(next(iter(optimizer._listener.places.values())).tap.armed)
         train(model, optimizer, 1, first=step)
     assert seen == [True, False, False, True, False, False, True]
     assert optimizer.state[model[0].weight]["updates"] == 3
@@ -564,7 +653,7 @@ class Fed(KFAC):
 
     def step(self, closure=None):
         loss = self.evaluate(closure)
-        for place in self._places.values():
+        for place in self._listener.places.values():
             weight = place.layer.weight
             inputs = torch.linspace(-1, 1, 5 * weight.shape[1], dtype=DOUBLE).view(5, -1).sin().to(weight)
             with torch.enable_grad():
@@ -632,6 +721,9 @@ def test_bad_models():
         KFAC([], model)
     with pytest.raises(SettingError, match="complex"):
         KFAC([torch.zeros(2, dtype=torch.complex64, requires_grad=True), *model.parameters()], model)
+    with pytest.raises(SettingError, match="momentum"):
+        KFAC([{"params": model[0].parameters()}, {"params": model[2].parameters(), "momentum": 2.0}], model)
+    assert hooks(model) == 0
 
 
 def test_a_refused_group_leaves_no_hooks():

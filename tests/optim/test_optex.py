@@ -484,6 +484,35 @@ def test_bad_replicas_are_refused():
         OptEx(SGD(model.parameters()), evaluate=Replicas(model)).step()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_replicas_follow_the_model_in_what_the_optimizer_does_not_move(threads):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.0), nn.Linear(4, 1)).double()
+    head, inputs = list(model[3].parameters()), cloud(6, 3)
+    replicas = Replicas(model, threads)
+
+    def evaluated():
+        points = [[param.detach() + shift for param in head] for shift in (0.0, 1.0)]
+        return replicas(head, points, lambda copied: copied(inputs).square().mean())
+
+    evaluated()
+    model[1].eval()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+        model[0].bias.add_(1)
+        model[1].running_mean.fill_(0.5)
+    model[0].requires_grad_(False)
+    first, second = evaluated()
+    wanted = model(inputs).square().mean()
+    torch.testing.assert_close(first[0], wanted.detach())
+    for got, grad in zip(first[1], torch.autograd.grad(wanted, head), strict=True):
+        torch.testing.assert_close(got, grad)
+    assert second[0] != first[0]
+    for copied in replicas._copies:
+        assert [p.requires_grad for p in copied.parameters()] == [False, False, True, True, True, True]
+        assert [part.training for part in copied.modules()] == [part.training for part in model.modules()]
+
+
 def test_foreign_states_are_refused():
     _, optimizer, closure, _ = problem(SGD, history=8)
     optimizer.step(closure)

@@ -138,6 +138,51 @@ def test_constant_gradient_is_predicted_exactly():
         torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, 0.6], dtype=torch.float64), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_changes_from_outside_move_the_base_along(dtype):
+    """What is written into the parameters between steps stays: the next step does not start from a stored base."""
+    weight = torch.tensor([1.0, -2.0, 4.0], dtype=dtype, requires_grad=True)
+    optimizer = OptimisticAMSGrad([weight], lr=0.125, span=1)
+    for factor in (1.0, 2.0, 3.0, 4.0):
+        weight.grad = torch.full_like(weight, factor)
+        optimizer.step()
+    with optimizer.at_base():
+        base = weight.detach().clone()
+    ahead = weight.detach() - base
+    assert bool((ahead < 0).all())
+    with torch.no_grad():
+        weight.copy_(torch.tensor([16.0, 8.0, -32.0]))
+    wanted = torch.tensor([16.0, 8.0, -32.0], dtype=dtype) - ahead
+    with optimizer.at_base():
+        assert torch.equal(weight, wanted)
+    optimizer.param_groups[0]["lr"] = 0.0
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert torch.equal(weight, wanted)
+    with optimizer.at_base():
+        assert torch.equal(weight, wanted)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**16), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+def test_the_way_back_to_the_base_is_exact(seed, dtype):
+    """The base, taken from the state alone after the step, is that of a run whose last prediction is left out."""
+    generator = torch.Generator().manual_seed(seed)
+    start, grads = 3 + torch.rand(7, generator=generator), torch.randn(6, 7, generator=generator)
+    found = []
+    for without in (False, True):
+        weight = start.to(dtype, copy=True).requires_grad_()
+        optimizer = OptimisticAMSGrad([weight], lr=0.01, span=2)
+        for time, grad in enumerate(grads):
+            weight.grad = grad.to(dtype)
+            if without and time == 5:
+                optimizer._observe = lambda moved: None
+            optimizer.step()
+        with optimizer.at_base():
+            found.append(weight.detach().clone())
+    assert torch.equal(*found)
+
+
 def test_at_base_gives_the_optimistic_point_back_even_after_an_error():
     weight = torch.zeros(2, requires_grad=True)
     optimizer = OptimisticAMSGrad([weight], lr=0.1, span=1)

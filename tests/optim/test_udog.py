@@ -215,6 +215,51 @@ def test_zero_gradient_moves_nothing():
     assert torch.equal(weight, torch.ones(3))
 
 
+@pytest.mark.parametrize("form", [{}, {"fused": False}])
+@pytest.mark.parametrize("damped", [False, True])
+def test_gradients_that_are_not_numbers_show_in_the_parameters(form, damped):
+    for first, second in ((math.nan, 1.0), (1.0, math.nan), (0.0, 1.0)):
+        weight = torch.ones(3, requires_grad=True)
+        optimizer = UDoG([weight], damped=damped, **form)
+        values = iter((first, second, first, second))
+
+        def closure(weight=weight, values=values):
+            weight.grad = torch.full((3,), next(values))
+            return torch.tensor(1.0)
+
+        for _ in range(2):
+            optimizer.step(closure)
+        assert bool(weight.isfinite().all()) == (first == 0.0)
+
+
+def test_resume_keeps_float32_state_of_half_precision():
+    weight = torch.full((8,), 4.0, dtype=torch.bfloat16, requires_grad=True)
+    other = weight.detach().clone().requires_grad_()
+    optimizer, resumed = UDoG([weight], initial_movement=1e-4), UDoG([other], initial_movement=1e-4)
+
+    def run(value, method):
+        def closure():
+            method.zero_grad()
+            loss = value.float().square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(10):
+            method.step(closure)
+
+    run(weight, optimizer)
+    with torch.no_grad():
+        other.copy_(weight)
+    resumed.load_state_dict(optimizer.state_dict())
+    for name in ("offset", "point"):
+        assert resumed.state[other][name].dtype == torch.float32
+        assert torch.equal(resumed.state[other][name], optimizer.state[weight][name])
+        assert resumed.state[other][name] is not optimizer.state[weight][name]
+    run(weight, optimizer)
+    run(other, resumed)
+    assert torch.equal(weight, other)
+
+
 def test_tiny_movements_of_half_precision_add_up():
     """The first movements are below bfloat16's resolution; they must not be lost."""
     weight = torch.full((8,), 4.0, dtype=torch.bfloat16, requires_grad=True)

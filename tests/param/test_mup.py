@@ -340,6 +340,19 @@ def test_a_tied_output_has_its_input_divided():
     torch.testing.assert_close(model(tokens), wanted)
 
 
+def test_keep_gives_a_tied_output_its_divisor_where_it_has_none():
+    """As in a new process, which reads a trained model's state dict into a fresh one."""
+    model, fresh, tokens = Tied(64), Tied(64), torch.tensor([1, 3])
+    mup(model, Tied(16))
+    fresh.load_state_dict(model.state_dict())
+    assert not torch.allclose(fresh(tokens), model(tokens))
+    for _ in range(2):
+        before = copy.deepcopy(fresh.state_dict())
+        mup(fresh, Tied(16), initialization="keep")
+        assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in before.items())
+        assert torch.equal(fresh(tokens), model(tokens))
+
+
 def test_what_k_fac_leaves_to_sgd_follows_sgd():
     model = Everything(64)
     natural = mup(model, Everything(16), optimizer="kfac", lr=1.0, damping=0.01)
@@ -383,6 +396,9 @@ def test_a_recipe_can_name_it():
     optimizer = make_optimizer(recipe, model, groups)
     assert isinstance(optimizer, KFAC)
     assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([0.1, 0.1, 0.1, 0.4, 0.4])
+    places = optimizer._listener.places.values()
+    assert len(places) == 3
+    assert all(place.tap.bias for place in places), "biases belong to their weights, in groups of their own"
 
 
 @pytest.mark.parametrize(

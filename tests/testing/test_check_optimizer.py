@@ -39,6 +39,11 @@ class Momentum(Optimizer):
             raise ValueError(f"lr must be finite and not negative, got {lr}.")
         super().__init__(params, {"lr": lr, "beta": beta, "decay": decay, "foreach": foreach, "maximize": maximize})
 
+    def __getstate__(self):
+        kept = {name: value for name, value in vars(self).items() if not name.startswith("_optimizer_")}
+        kept.pop("step", None)  # what a scheduler puts there
+        return kept
+
     @torch.no_grad()
     def step(self, closure=None):
         loss = self.loss_of(closure)
@@ -129,6 +134,46 @@ class Unsaveable(Momentum):
     def update(self, param, group):
         super().update(param, group)
         self.state[param]["why"] = random.Random(0)
+
+
+class ResumesOnce(Momentum):
+    """Wants in a state what torch adds to the defaults while it restores one."""
+
+    def load_state_dict(self, state_dict):
+        if any(set(self.defaults) - set(group) for group in state_dict["param_groups"]):
+            raise ValueError("not a state of mine")
+        super().load_state_dict(state_dict)
+
+
+class RoundsItsState(Momentum):
+    """Keeps its average in float32, which torch casts to the type of the parameter on resuming."""
+
+    def update(self, param, group):
+        state = self.state[param]
+        if "average" not in state:
+            state["average"] = torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))
+        super().update(param, group)
+
+
+class CopiesForget(Momentum):
+    """Keeps a setting on itself, and copies what torch copies."""
+
+    def __init__(self, params, **settings):
+        super().__init__(params, **settings)
+        self.factor = 0.5
+
+    def __getstate__(self):
+        return Optimizer.__getstate__(self)
+
+    def rate(self, group):
+        return group["lr"] * getattr(self, "factor", 1.0)
+
+
+class CopiesSteer(Momentum):
+    """Copies take along the step that a scheduler has put on the original."""
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if not name.startswith("_optimizer_")}
 
 
 class LosesTheLoss(Momentum):
@@ -242,6 +287,7 @@ class Widens(Momentum):
         super().update(param, group)
         if param.dtype == torch.bfloat16:
             param.data = param.data.float()
+            self.state[param]["average"] = self.state[param]["average"].float()
 
 
 class Bf16Sign(Momentum):
@@ -277,6 +323,10 @@ BROKEN = [
     (ForgetsAddedGroups, "add_group"),
     (StateOutside, "resume"),
     (Unsaveable, "resume"),
+    (ResumesOnce, "resume"),
+    (RoundsItsState, "resume"),
+    (CopiesForget, "copy"),
+    (CopiesSteer, "copy"),
     (LosesTheLoss, "closure"),
     (ClosureWithoutGradients, "closure"),
     (ZeroMeansDefault, "zero_lr"),

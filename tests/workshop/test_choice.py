@@ -74,7 +74,7 @@ def test_shortfall_is_what_the_score_lacks() -> None:
     assert shortfall(point(0.85), BASE, KEEP) == pytest.approx(0.04)
     assert shortfall(point(0.89), BASE, KEEP) == pytest.approx(0.0)
     assert shortfall(point(0.95), BASE, KEEP) == pytest.approx(-0.06)
-    assert shortfall(point(0.91), BASE, parse_keep("score>=0.02")) == pytest.approx(0.01)
+    assert shortfall(point(0.91), BASE, parse_keep("score>=+0.02")) == pytest.approx(0.01)
 
 
 def test_the_order_in_which_candidates_are_handed_back() -> None:

@@ -124,6 +124,20 @@ def test_recovery_helps_a_candidate_that_was_cut_hard(evaluated: Evaluated, room
 
 
 @pytest.mark.parametrize(
+    "lengths", [{"epochs": 4, "steps_per_epoch": 12}, {"total_steps": 48}], ids=["epochs", "total_steps"]
+)
+@pytest.mark.parametrize("epochs", [1.0, 6.0])
+def test_a_schedule_with_a_length_of_its_own_is_stretched(lengths: dict, epochs: float, room: QuietRoom) -> None:
+    recipe = RECIPE.replace(schedule_settings={**RECIPE.schedule_settings, **lengths})
+    curves = []
+    for each in (RECIPE, recipe):
+        outcome = Evaluator(subject(recipe=each), room)(request(0, *CASES["prune"], epochs=epochs))
+        assert outcome.point is not None, outcome.error
+        curves.append([(record.lr, record.train_loss) for record in outcome.history])
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize(
     ("epoch", "seconds", "expected"),
     [
         (1e9, 1.0, 0.02 * RECIPE.epochs),  # never less than a fiftieth of the recipe

@@ -1,5 +1,6 @@
 """Full recovery: who gets it, in which order, with how much time, and what is kept for it."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,11 @@ import pytest
 from subjects import point
 from test_study import BASE, SPACE, open_run
 
+from netwright.core.loop import Record
 from netwright.workshop.evaluation import Outcome, Request
 from netwright.workshop.finals import CLOSING, Finals
 from netwright.workshop.job import Job
+from netwright.workshop.kept import forget_outcomes, kept_outcomes
 from netwright.workshop.plan import Plan
 from netwright.workshop.point import Point
 from netwright.workshop.study import Study
@@ -54,7 +57,7 @@ def finals(path: Path, values: Sequence[tuple[float, float, float]], budget: flo
             made = point(val, latency, 1.0, *proposal.steps)
             study.tell(proposal, Outcome(request, made, None, 4.0, epochs=epochs), finished=1.0)
         job = Job("tiny", limits, keep, budget, path / "run")
-        return Finals(job, BASE, study, Plan(SPACE, 2, 0.0, 2.0, 40.0, []))
+        return Finals(run, job, BASE, study, Plan(SPACE, 2, 0.0, 2.0, 40.0, []))
 
 
 def same(phase: Finals) -> Judge:
@@ -80,6 +83,17 @@ def test_what_regains_the_score_makes_the_dearer_ones_needless(tmp_path: Path) -
     assert [request.number for request in bench.asked] == [0, 1]
 
 
+def test_what_recovery_gives_back_says_who_else_can_be_saved(tmp_path: Path) -> None:
+    values = [(0.877, 0.5, 2.0), (0.87, 0.6, 2.0), (0.85, 0.3, 2.0), (0.6, 0.01, 2.0)]
+    much, little = finals(tmp_path / "much", values), finals(tmp_path / "little", values)
+    for phase, gain, asked in ((much, 0.04, [0, 1, 2]), (little, 0.02, [0, 1])):
+        bench = Bench(
+            lambda request, phase=phase, gain=gain: replace(same(phase)(request), val=same(phase)(request).val + gain)
+        )
+        phase.run(bench, lambda bench=bench: bench.now, lambda text: None)
+        assert [request.number for request in bench.asked] == asked, gain
+
+
 def test_where_recovery_fails_the_next_safe_one_follows(tmp_path: Path) -> None:
     phase = finals(tmp_path, CANDIDATES)
     bench = Bench(lambda request: None)
@@ -93,6 +107,45 @@ def test_time_is_shared_and_ends(tmp_path: Path) -> None:
     phase.run(bench, lambda: bench.now, lambda text: None)
     assert len(bench.asked) == 3, "those that were planned; no fourth after 22 of 50 seconds"
     assert bench.asked[0].seconds == pytest.approx((50.0 - CLOSING) / 2 - 2.0), "two rounds, 2 s of each not training"
+
+
+def test_what_was_recovered_before_an_interruption_is_not_recovered_again(tmp_path: Path) -> None:
+    phase = finals(tmp_path, CANDIDATES)
+    curve = (Record(3, 1.5, math.nan, None, 0.1, 2.0), Record(4, 2.0, 0.5, 0.875, 0.1, 3.0))
+
+    class Torn(Bench):
+        def wait(self, timeout: float) -> Sequence[Outcome]:
+            if self.now > 6.0:
+                raise KeyboardInterrupt
+            return [
+                replace(outcome, artifact=b"net", weights=b"tensors", epochs=7.5, history=curve)
+                for outcome in super().wait(timeout)
+            ]
+
+    torn = Torn(same(phase), seconds=5.0)
+    with pytest.raises(KeyboardInterrupt):
+        phase.run(torn, lambda: torn.now, lambda text: None)
+    (phase.run_directory.path / "final-00009.onnx").write_bytes(b"torn")  # no JSON file, so it does not count
+    kept = kept_outcomes(phase.run_directory)
+    assert [outcome.request.number for outcome in kept] == [0, 1]
+    assert kept[1] == Outcome(
+        torn.asked[1], same(phase)(torn.asked[1]), None, 5.0, 7.5, b"net", kept[1].history, b"tensors"
+    )
+    assert math.isnan(kept[1].history[0].train_loss)
+    assert kept[1].history[1] == curve[1]
+    bench = Bench(same(phase))
+    found = phase.run(bench, lambda: bench.now, lambda text: None)
+    assert [request.number for request in bench.asked] == [2]
+    assert [outcome.request.number for outcome in found] == [0, 1, 2]
+    forget_outcomes(phase.run_directory)
+    assert not list(phase.run_directory.path.glob("final*"))
+
+
+def test_a_failed_recovery_is_kept_too(tmp_path: Path) -> None:
+    phase = finals(tmp_path, CANDIDATES[:1])
+    bench = Bench(lambda request: None)
+    first = phase.run(bench, lambda: bench.now, lambda text: None)
+    assert phase.run(Bench(same(phase)), lambda: 0.0, lambda text: None) == first
 
 
 def test_time_is_kept_for_what_the_longest_recoveries_take(tmp_path: Path) -> None:

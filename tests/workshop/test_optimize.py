@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import pytest
 import torch
 from tiny import task
 
-from netwright.core.errors import CorruptRunError, RunDirectoryError, RunLockedError, TaskError
+from netwright.core.errors import CorruptRunError, RunDirectoryError, RunLockedError, TargetError, TaskError
 from netwright.core.front import non_dominated
-from netwright.workshop import Job, parse_keep, parse_targets, replay, run_job
+from netwright.core.recipe import Recipe
+from netwright.workshop import Job, Measuring, baseline, make_job, parse_keep, parse_targets, replay, run_job
 
 TINY = f"{Path(__file__).with_name('tiny.py')}:task"
 
@@ -59,7 +61,11 @@ def test_the_result_says_what_was_found(finished: Path) -> None:
 
 def test_the_front_is_what_the_evaluations_leave(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
-    points = [result["baseline"], *(line["point"] for line in lines(finished) if line["point"]), result["chosen"]]
+    finals = json.loads((finished / "finals.json").read_text())
+    assert {entry["trial"] for entry in finals} <= {line["trial"] for line in lines(finished)}
+    assert any(entry["point"]["macs"] == result["chosen"]["macs"] for entry in finals)
+    points = [entry["point"] for entry in [*lines(finished), *finals] if entry["point"]]
+    points += [result["baseline"], result["chosen"]]
     values = np.array([[-point["score"]["val"], point["macs"]] for point in points])
     best = {tuple(row) for row in values[non_dominated(values)]}
     assert {(-point["score"]["val"], point["macs"]) for point in result["front"]} == best
@@ -94,11 +100,70 @@ def test_an_old_run_is_never_overwritten(finished: Path) -> None:
         run_job(job(finished))
     with pytest.raises(RunDirectoryError, match="has seed 0, not 7"):
         run_job(job(finished, seed=7), resume=True)
+    with pytest.raises(RunDirectoryError, match="has batch 1, not 8"):
+        run_job(job(finished, measuring=Measuring(batch=8)), resume=True)
+    before = (finished / "run.json").read_text()
+    with pytest.raises(RunDirectoryError, match="is finished, and target cannot be given anew"):
+        run_job(job(finished, target="macs<=0.001x"), resume=True)
+    assert (finished / "run.json").read_text() == before
+
+
+def test_what_a_resumed_run_is_not_told_again_stays(finished: Path) -> None:
+    asked = job(finished, evaluations=6)
+    again = make_job(TINY, "macs<=0.9x", out=finished, resume=True)
+    assert again == replace(asked, workers=None)
+    assert make_job(TINY, "macs<=0.9x", out=finished, resume=True, budget="7m").budget == 420
+    assert make_job(TINY, out=finished, resume=True) == again
+    with pytest.raises(TargetError, match="No target"):
+        make_job(TINY, out=finished)
+    assert make_job(TINY, "macs<=0.9x", out=finished).evaluations is None
+    with pytest.raises(RunDirectoryError, match="holds no run to resume"):
+        make_job(TINY, "macs<=0.9x", out=finished.parent / "other", resume=True)
+
+
+def test_a_baseline_that_is_trained_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as within:
+        within.setattr(baseline, "measure_onnx", cut)
+        assert run_job(job(tmp_path / "run", evaluations=1), resume=False)["status"] == "interrupted"
+    assert not (tmp_path / "run" / "baseline.json").exists()
+    monkeypatch.setattr(baseline, "fit", never)
+    result = run_job(job(tmp_path / "run", evaluations=1), resume=True)
+    assert result["status"] in ("met", "not_met")
+    history = json.loads((tmp_path / "run" / "history.json").read_text())["baseline"]
+    assert history[-1]["epoch"] == 4
+    assert result["baseline"]["score"]["val"] == history[-1]["val_score"]
+    assert not list((tmp_path / "run").glob("baseline-training.json")) + list((tmp_path / "run").glob("final-*"))
+
+
+def test_where_everything_fails_the_cause_is_told(tmp_path: Path) -> None:
+    stubborn = Job(
+        TINY.replace(":task", ":stubborn"),
+        parse_targets(["macs<=0.5x"]),
+        parse_keep("score>=-1"),
+        300.0,
+        tmp_path / "run",
+        steps=("prune",),
+    )
+    result = run_job(stubborn)
+    assert result["status"] == "not_met"
+    assert result["failed"] == result["evaluations"] <= 12, "it does not go on for five minutes"
+    assert "candidates failed" in result["explanation"]
+    assert "not my network" in result["explanation"]
+    assert all("saliency" not in line["params"] for line in lines(tmp_path / "run")), "no loss, no gradients"
 
 
 def test_bad_input_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="No task 'nowhere'"):
         run_job(Job("nowhere", parse_targets(["latency<=0.5x"]), parse_keep("score>=-0.01"), 20.0, tmp_path / "run"))
+    endless = replace(task(), recipe=Recipe(epochs=1e6))
+    with pytest.raises(TargetError, match="more than the whole budget of 20 s"):
+        run_job(replace(job(tmp_path / "run", budget=20.0), task=endless))
     assert not (tmp_path / "run").exists()
 
 
@@ -224,6 +289,17 @@ def test_the_recipe_makes_the_model_again(finished: Path, tmp_path: Path) -> Non
 def test_replay_refuses_what_is_no_recipe(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptRunError, match="it lacks"):
         replay(finished / "layers.json", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_task_from_python_is_given_to_replay_again(finished: Path, tmp_path: Path) -> None:
+    recipe = json.loads((finished / "recipe.json").read_text())
+    assert recipe["given"] is False
+    (tmp_path / "recipe.json").write_text(json.dumps({**recipe, "task": "digits", "given": True}))
+    with pytest.raises(TaskError, match="of the Task 'digits', given from Python"):
+        replay(tmp_path / "recipe.json", tmp_path / "again")
+    with pytest.raises(TaskError, match="No task 'nowhere'"):
+        replay(tmp_path / "recipe.json", tmp_path / "again", task="nowhere")
     assert not (tmp_path / "again").exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from subjects import INT8, point, prune
 
 from netwright.compress import Int8, Prune
 from netwright.core.cost import Cost, Latency, Ratio
-from netwright.core.errors import RecipeError
+from netwright.core.errors import RecipeError, TransformError
 from netwright.workshop.point import Point, Step, key, ratios
 
 NUMBERS = st.floats(0, 1e6, allow_nan=False)
@@ -90,3 +91,11 @@ def test_a_step_builds_its_transform() -> None:
     assert INT8.build() == Int8(activation="uint8", weight="int8")
     with pytest.raises(RecipeError, match="nowhere"):
         Step("nowhere:Prune", {}).build()
+
+
+@pytest.mark.parametrize("method", ["os:mkdir", "netwright.core.fit:fit", "torch.nn:Linear", "pathlib:Path"])
+def test_a_step_that_is_no_transform_is_not_called(method: str, tmp_path: Path) -> None:
+    step = Step(method, {"path": str(tmp_path / "made")})
+    with pytest.raises(TransformError, match=f"{method} is not a transform"):
+        step.build()
+    assert not (tmp_path / "made").exists()

@@ -89,6 +89,23 @@ def test_the_ladder_is_valid_and_goes_from_small_to_whole(int8: dict | None) -> 
         assert ladder[2] == {**ladder[2], "thin": 0, "int8": True}, "integers alone are tried early"
 
 
+def test_without_gradients_units_are_ranked_by_magnitude_alone() -> None:
+    space = Space((("a", 64),), None, gradients=False)
+    assert list(space.distributions()) == ["thin", "offset/a"]
+    assert space.size() == pytest.approx(math.log10(64))
+    for values in space.ladder():
+        assert set(values) == set(space.distributions())
+        assert all(step.settings["saliency"] == "magnitude" for step in space.steps(values))
+
+
+@pytest.mark.parametrize("size", [20, 36, 50, 84, 100])
+def test_the_whole_network_stays_whole_however_wide_it_is(size: int) -> None:
+    space = Space((("a", size),), {"activation": "uint8"})
+    rungs = [space.steps(values) for values in space.ladder() if values["thin"] == 0]
+    assert [[step.method for step in steps] for steps in rungs if steps] == [["netwright.compress:Int8"]]
+    assert space.steps({"thin": 0, "offset/a": 0.5}) == ()
+
+
 def test_neutral_values_do_nothing() -> None:
     assert Space((("a", 8),), {"activation": "uint8"}).steps({}) == ()
     assert Space((), None).distributions() == {}
@@ -132,7 +149,7 @@ def test_heads_need_not_fill_blocks_but_channels_do() -> None:
     """Of 16 heads 11 may stay; of 16 hidden units 8 do."""
     units = SimpleNamespace(name="mlp", size=16, kind="units")
     graph = SimpleNamespace(groups=[SimpleNamespace(name="heads", size=16, kind="heads"), units])
-    space = space_of(graph, ("prune",), int8=None, branches=(), codebooks=False, widths=())
+    space = space_of(graph, ("prune",), int8=None, branches=(), codebooks=False, widths=(), gradients=True)
     (step,) = space.steps({"thin": 2})
     assert step.settings["ratios"] == {"heads": 5 / 16, "mlp": 0.5}
 

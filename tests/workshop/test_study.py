@@ -296,3 +296,17 @@ def test_the_floor_is_lowered_by_what_a_full_recovery_may_give_back(tmp_path: Pa
             assert found.trained(entry) == pytest.approx(1.25 / longest)
             violation = 0.9 - 0.01 - 0.87 - lowered
             assert list(trials(run)[0].constraints.values()) == [pytest.approx(violation, abs=1e-9)]
+
+
+def test_a_search_in_which_everything_fails_is_hopeless(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        found = study(run)
+        for number in range(8):
+            assert not found.hopeless(workers=2), number
+            fail(found, ask(found))
+        assert found.hopeless(workers=2)
+        assert not found.hopeless(workers=5), "each worker may have begun two"
+        assert found.cause() == "NonFiniteLossError: nan"
+        answer(found, ask(found))
+        assert not found.hopeless(workers=2)
+        assert study(run).cause() == found.cause(), "a resumed run knows it too"

@@ -63,7 +63,24 @@ def test_no_target_at_all() -> None:
 
 @given(st.floats(-1, 1))
 def test_keep_round_trips(change: float) -> None:
-    assert parse_keep(f"score>={change!r}").change == change
+    keep = parse_keep(f"score>={change:+.17g}")
+    assert keep.change == change
+    assert parse_keep(f"score{keep.text}").change == pytest.approx(change, rel=1e-5)
+
+
+def test_a_score_in_place_of_its_change_is_refused() -> None:
+    with pytest.raises(TargetError, match=r"asks for a gain of 0\.95.*score>=\+0\.95"):
+        parse_keep("score>=0.95")
+    assert parse_keep("score>=+0.02").text == ">=+0.02"
+    assert parse_keep("score>=0").change == 0
+
+
+@pytest.mark.parametrize("metric", ["macs", "parameters"])
+def test_less_than_one_operation_is_a_forgotten_unit(metric: str) -> None:
+    with pytest.raises(TargetError, match=f"less than one.*{metric}.*<=0.5x"):
+        parse_targets([f"{metric}<=0.5"])
+    (limit,) = parse_targets([f"{metric}<=0.5K"])
+    assert limit.value == 500
 
 
 @pytest.mark.parametrize("text", ["latency>=-0.01", "score<=-0.01", "score>=-1%", "score>=-1x", "score", "score>=a"])

@@ -1,5 +1,7 @@
 """Trainings side by side: what is chosen, what is kept, what an interruption leaves."""
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -63,6 +65,18 @@ def test_the_best_is_chosen_on_val_and_its_model_is_kept(tmp_path: Path) -> None
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), model.parameters(), strict=True))
     left = {path.name for path in (tmp_path / "run").iterdir()} - {".lock"}
     assert left == {"run.json", "trainings.jsonl", "training.json", "recipe.json", "model.safetensors"}
+
+
+def test_every_training_of_a_module_that_came_trained_starts_from_it(tmp_path: Path) -> None:
+    module = task().build(8)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    given = dataclasses.replace(task(), model=module)
+    result = train(given, "signs", entries(), tmp_path / "run", console=False)
+    for row, entry in zip(result["trainings"], entries(), strict=True):
+        alone = fit(copy.deepcopy(module), task(), entry.recipe, seed=0)
+        assert row["val"] == alone.history[-1].val_score
+        assert row["history"][-1]["train_loss"] == alone.history[-1].train_loss
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items()), "it is the user's own"
 
 
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,16 @@ def task() -> Task:
     return Task("tiny", network, data(), nn.functional.cross_entropy, accuracy, recipe=Recipe(epochs=4))
 
 
+def stubborn() -> Task:
+    """Trains by a loop of its own, which refuses a network that was made smaller."""
+
+    def fit(model: nn.Module, *, budget: float | None, seed: int, teacher: nn.Module | None = None) -> None:
+        if next(model.parameters()).shape[0] != 16:
+            raise ValueError("not my network")
+
+    return Task("stubborn", network, data(), None, accuracy, fit=fit)
+
+
 class Exploding(nn.Module):
     """A loss that is not finite once the network has been made smaller."""
 

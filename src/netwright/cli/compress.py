@@ -87,7 +87,11 @@ def _methods(names: Sequence[str], changes: Sequence[str]) -> dict[str, Transfor
         if owner not in chosen:
             raise TransformError(f"--set {change}: {owner!r} is not among the methods {', '.join(names)}.")
         chosen[owner][setting] = _value(text.strip())
-    return {_label(name): _made(name, settings) for name, settings in chosen.items()}
+    short = [name.rpartition(":")[2] for name in chosen]
+    labels = [
+        label if short.count(label) == 1 else name.replace(":", ".") for label, name in zip(short, chosen, strict=True)
+    ]
+    return {label: _made(name, settings) for label, (name, settings) in zip(labels, chosen.items(), strict=True)}
 
 
 def _made(name: str, settings: dict[str, Any]) -> Transform:
@@ -109,10 +113,6 @@ def _made(name: str, settings: dict[str, Any]) -> Transform:
         raise TransformError(f"{name} is not a transform: it cannot be called with a model and a task.")
     transform: Transform = made
     return transform
-
-
-def _label(name: str) -> str:
-    return name.rpartition(":")[2]
 
 
 def _value(text: str) -> Any:

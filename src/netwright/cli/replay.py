@@ -17,9 +17,13 @@ __all__ = ["replay_command"]
 def replay_command(
     recipe: Annotated[Path, typer.Argument(help="The recipe.json of a finished run.", show_default=False)],
     out: Annotated[Path, typer.Option(help="A new folder for the model files.", show_default=False)],
+    task: Annotated[
+        str | None,
+        typer.Option(help="The task, as for optimize. Default: the recipe's own.", show_default=False),
+    ] = None,
 ) -> None:
     """Make the chosen model of a run again: train, compress and recover, without the search."""
     with ConsoleProgress("replay") as progress:
-        point = replay(recipe, out, progress=progress.update)
+        point = replay(recipe, out, task=task, progress=progress.update)
     score = f", validation score {point['score']['val']:.4f}" if "score" in point else ""
     Console().print(f"{out / 'model.onnx'}{score}", markup=False, soft_wrap=True)

@@ -80,6 +80,12 @@ def _recipe(path: Path) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"The recipe {path} cannot be read: {error}.") from error
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None  # which from_json words
+    if isinstance(found, dict) and isinstance(found.get("training"), dict):  # the recipe.json of netwright optimize
+        text = json.dumps(found["training"])
     return Recipe.from_json(text)
 
 

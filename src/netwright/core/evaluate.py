@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from netwright.core.data import Dataset, Inputs, batches
-from netwright.core.errors import TaskError
+from netwright.core.errors import NetwrightError, TaskError
 from netwright.core.outputs import concatenate, count_elements, shapes_of, take_items, to_cpu
 from netwright.core.task import Task
 
@@ -82,7 +82,16 @@ def evaluate(
         if not isinstance(model, nn.Module):
             raise TaskError(f"Task {task.name!r} evaluates with a function of its own, which needs an nn.Module.")
         with settled(model):
-            return _finite(task.evaluate(model, split), task, f"evaluate on {split}")
+            try:
+                found = task.evaluate(model, split)
+            except NetwrightError:
+                raise
+            except Exception as error:  # a user's function raises whatever it likes
+                raise TaskError(
+                    f"Task {task.name!r}: evaluate(model, {split!r}) raised {type(error).__name__} on a "
+                    f"{type(model).__name__}: {error}"
+                ) from error
+        return _finite(found, task, f"evaluate on {split}")
     if _is_metric(task.score):
         metric = _fresh(task.score)
         for output, target in _results(model, task, split, batch_size, device):
@@ -106,7 +115,9 @@ def score_outputs(task: Task, outputs: Any, targets: Tensor) -> float:
             metric.update(outputs, targets)
             return _finite(metric.compute(), task, "score")
         return _finite(score(outputs, targets), task, "score")
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except NetwrightError:
+        raise
+    except Exception as error:  # a user's score raises whatever it likes
         raise TaskError(
             f"Task {task.name!r}: score(outputs, targets) raised {type(error).__name__} on outputs of shape "
             f"{shapes_of(outputs)} and targets of shape {tuple(targets.shape)}: {error}"

@@ -163,8 +163,7 @@ class Loop:
         self.optimizer.step(closure)
         if self.hook is not None:
             self.hook.after_step(self.step, self.total)
-        if self.zeros is not None:
-            self.zeros.restore()
+        self._hold_zeros()
         if self.schedule is not None:
             self.schedule.step()
         self.step += 1
@@ -184,6 +183,7 @@ class Loop:
                 parameter.copy_(value)
         if self.average is not None:
             self.average.put_into(self.model)
+        self._hold_zeros()
         self.parameterization.remove()
         for name, value in self.model.named_parameters():
             if not bool(torch.isfinite(value).all()):  # rounding to integers can hide it from the loss
@@ -201,7 +201,9 @@ class Loop:
                     isolated(device=self.device),
                     self.average.applied(self.model) if self.average else nullcontext(),
                 ):
+                    self._hold_zeros()  # an average of iterates has them filled
                     self.score = evaluate(self.model, self.task, "val")
+                self._hold_zeros()
             mean = math.fsum(self.losses) / len(self.losses)
             scored = self.score if ended else None
             record = Record(self.step, self.step / self.per_epoch, mean, scored, lr, self._seconds())
@@ -218,6 +220,10 @@ class Loop:
             text += "" if self.score is None else f"  score {self.score:.4f}"
             for tell in self.progress:
                 tell(self.step / self.total, text)
+
+    def _hold_zeros(self) -> None:
+        if self.zeros is not None:
+            self.zeros.restore()
 
     def _seconds(self) -> float:
         return self.before + time.monotonic() - self.start

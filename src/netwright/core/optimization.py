@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from netwright.core.average import MovingAverage
 from netwright.core.errors import NetwrightError, RecipeError
 from netwright.core.parametrized import fold_parametrizations, parametrized_names
-from netwright.core.recipe import Recipe, resolve
+from netwright.core.recipe import SCHEDULE_LENGTHS, Recipe, resolve
 
 __all__ = [
     "Parameterization",
@@ -27,7 +27,6 @@ __all__ = [
 
 Groups: TypeAlias = list[dict[str, Any]]
 
-_LENGTHS = ("total_steps", "T_max", "total_iters")
 _OTHER_LENGTHS = {"epochs", "steps_per_epoch"}
 
 
@@ -114,8 +113,10 @@ def closure_kind(optimizer: Optimizer) -> str:
 def at_rest(optimizer: Optimizer) -> Iterator[None]:
     """Inside, the parameters are where they are to be evaluated, afterwards where the optimizer goes on.
 
-    Optimizers whose two places differ say so by a context manager ``averaged``, or by ``eval`` and ``train``.
+    Optimizers whose two places differ say so by a context manager ``averaged``, or by ``eval`` and ``train``. One that
+    wraps another, under the name ``optimizer``, need not repeat it.
     """
+    inner = getattr(optimizer, "optimizer", None)
     if hasattr(optimizer, "averaged"):
         with optimizer.averaged():
             yield
@@ -125,6 +126,9 @@ def at_rest(optimizer: Optimizer) -> Iterator[None]:
             yield
         finally:
             optimizer.train()
+    elif isinstance(inner, Optimizer):
+        with at_rest(inner):
+            yield
     else:
         yield
 
@@ -190,19 +194,22 @@ def make_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRSchedul
     Args:
         recipe: names the schedule and its settings.
         optimizer: whose learning rate is moved.
-        steps: iterations of the whole fit; fills ``total_steps``, ``T_max`` or ``total_iters`` where not given.
+        steps: iterations of the whole fit; fills ``total_steps``, ``T_max`` or ``total_iters`` where not given, as
+            the optimizer's own rate fills ``max_lr``.
 
     Raises:
-        RecipeError: a path that leads to no schedule, settings that it refuses, or a schedule that is stepped by a
-            metric and not by iterations.
+        RecipeError: a path that leads to no schedule, settings that it refuses, a schedule that is stepped by a
+            metric and not by iterations, or one that ends before the fit does.
     """
     if recipe.schedule is None:
         return None
     factory = resolve(recipe.schedule)
     settings = dict(recipe.schedule_settings)
+    known = inspect.signature(factory).parameters
+    if "max_lr" in known and "max_lr" not in settings and all("lr" in group for group in optimizer.param_groups):
+        settings["max_lr"] = [float(group["lr"]) for group in optimizer.param_groups]
     if not _OTHER_LENGTHS & settings.keys():
-        known = inspect.signature(factory).parameters
-        settings = {name: steps for name in _LENGTHS if name in known} | settings
+        settings = {name: steps for name in SCHEDULE_LENGTHS if name in known} | settings
     try:
         schedule = factory(optimizer, **settings)
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -211,5 +218,11 @@ def make_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRSchedul
         raise RecipeError(
             f"{recipe.schedule} is not a schedule that is stepped once per iteration. "
             "Take one of torch.optim.lr_scheduler, such as OneCycleLR or CosineAnnealingLR."
+        )
+    length = getattr(schedule, "total_steps", steps)  # what OneCycleLR refuses to go beyond
+    if length < steps:
+        raise RecipeError(
+            f"{recipe.schedule} is given {length} iterations, but the fit has {steps}. Leave its length out: it is "
+            "filled in."
         )
     return schedule

@@ -7,7 +7,30 @@ from torch import Tensor
 
 from netwright.core.errors import TaskError
 
-__all__ = ["concatenate", "count_elements", "shapes_of", "take_items", "to_cpu"]
+__all__ = ["Named", "concatenate", "count_elements", "shapes_of", "take_items", "to_cpu"]
+
+
+class Named(dict[Any, Any]):
+    """A dict of outputs that is also read as an object or a tuple, as a ModelOutput of Transformers is.
+
+    Networks that were exported return plain dicts where the original returned such an object.
+
+    Example:
+        >>> result = Named(logits=1, hidden=2)
+        >>> result["logits"], result.logits, result[1]
+        (1, 1, 2)
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"There is no output {name!r}. There are {', '.join(map(str, self))}.") from None
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice) or (isinstance(key, int) and key not in self):
+            return tuple(self.values())[key]
+        return super().__getitem__(key)
 
 
 def to_cpu(output: Any, name: str) -> Any:

@@ -6,7 +6,20 @@ from typing import Any
 
 from netwright.core.errors import NetwrightError
 
-__all__ = ["RayCluster", "reason"]
+__all__ = ["RayCluster", "import_ray", "reason"]
+
+
+def import_ray() -> Any:
+    """The module ``ray``, an extra that is loaded only where it is asked for.
+
+    Raises:
+        NetwrightError: it is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise NetwrightError("--engine ray needs Ray: pip install 'netwright[ray]'.") from error
+    return ray
 
 
 class RayCluster:
@@ -26,12 +39,8 @@ class RayCluster:
     """
 
     def __init__(self, workers: int) -> None:
-        try:
-            import ray  # an extra, loaded only where it is asked for
-        except ImportError as error:
-            raise NetwrightError("--engine ray needs Ray: pip install 'netwright[ray]'.") from error
-        self.ray: Any = ray
-        self._owned = not ray.is_initialized()
+        self.ray = import_ray()
+        self._owned = not self.ray.is_initialized()
         if self._owned:
             self._connect(workers)
         cores = int(self.ray.cluster_resources().get("CPU", 0))

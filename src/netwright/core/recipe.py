@@ -10,7 +10,10 @@ from typing import Any
 
 from netwright.core.errors import RecipeError
 
-__all__ = ["Recipe", "resolve"]
+__all__ = ["SCHEDULE_LENGTHS", "Recipe", "resolve"]
+
+SCHEDULE_LENGTHS = ("total_steps", "T_max", "total_iters")
+"""Arguments of schedules that are a number of iterations."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Recipe:
         optimizer_settings: its keyword arguments.
         schedule: import path of an ``LRScheduler`` stepped once per iteration, or None. Its
             arguments ``total_steps``, ``T_max`` and ``total_iters`` are filled in with the number
-            of iterations where they are not given.
+            of iterations where they are not given, ``max_lr`` with the optimizer's learning rate.
         schedule_settings: its keyword arguments.
         batch_size: items per iteration.
         epochs: passes over the training data; may be a fraction.
@@ -62,7 +65,7 @@ class Recipe:
     optimizer: str = "torch.optim:AdamW"
     optimizer_settings: Mapping[str, Any] = field(default_factory=lambda: {"lr": 2e-3})
     schedule: str | None = "torch.optim.lr_scheduler:OneCycleLR"
-    schedule_settings: Mapping[str, Any] = field(default_factory=lambda: {"max_lr": 2e-3})
+    schedule_settings: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 64
     epochs: float = 10.0
     clip_norm: float | None = None
@@ -107,6 +110,25 @@ class Recipe:
             return dataclasses.replace(self, **changes)
         except TypeError as error:
             raise RecipeError(f"Recipe has no such setting: {error}") from error
+
+    def lasting(self, epochs: float) -> "Recipe":
+        """The recipe for so many epochs; a length that its schedule was given in iterations changes in proportion.
+
+        Example:
+            >>> short = Recipe(epochs=8, schedule_settings={"max_lr": 1e-3, "total_steps": 160}).lasting(2.0)
+            >>> short.epochs, short.schedule_settings
+            (2.0, {'max_lr': 0.001, 'total_steps': 40})
+        """
+        changed = self.replace(epochs=epochs)
+        settings = dict(self.schedule_settings)
+        if epochs == self.epochs:
+            return changed
+        if _number(settings.get("epochs")) and _number(settings.get("steps_per_epoch")):  # OneCycleLR takes both
+            settings["total_steps"] = settings.pop("epochs") * settings.pop("steps_per_epoch")
+        for name in settings.keys() & set(SCHEDULE_LENGTHS):
+            if _number(settings[name]):
+                settings[name] = max(1, math.ceil(round(settings[name] * epochs / self.epochs, 6)))
+        return changed.replace(schedule_settings=settings)
 
     def scaled(self, rate: float) -> "Recipe":
         """The recipe with its learning rates multiplied by ``rate``.

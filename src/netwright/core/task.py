@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from netwright.core.data import Data, Inputs, call, first_inputs
 from netwright.core.errors import NetwrightError, TaskError
+from netwright.core.outputs import Named
 from netwright.core.randomness import seeded
 from netwright.core.recipe import Recipe
 
@@ -77,7 +78,8 @@ class Task:
             By default tensors pass through, and of a Transformers ``ModelOutput`` or a dict
             the ``logits`` are taken.
         recipe: how the model is trained when it comes untrained, and recovered after compression.
-        fit: a training loop of your own that replaces Netwright's.
+        fit: a training loop of your own that replaces Netwright's. ``netwright optimize`` asks it for the recipe's
+            epochs for the baseline, and for a quarter of them for each candidate.
         evaluate: a score of your own that replaces ``score``.
         description: one sentence for the report.
 
@@ -166,9 +168,19 @@ class Task:
         return self.read(call(model, inputs))
 
     def read(self, result: Any) -> Any:
-        """The part of a model's result that ``loss`` and ``score`` see (see ``output``)."""
+        """The part of a model's result that ``loss`` and ``score`` see (see ``output``).
+
+        Raises:
+            TaskError: ``output`` raised.
+        """
         if self.output is not None:
-            return self.output(result)
+            try:
+                return self.output(Named(result) if type(result) is dict else result)
+            except Exception as error:  # a user's function raises whatever it likes
+                raise TaskError(
+                    f"Task {self.name!r}: output(result) raised {type(error).__name__} on a {type(result).__name__}: "
+                    f"{error}"
+                ) from error
         if isinstance(result, dict) and "logits" in result:  # ModelOutput is a dict
             return result["logits"]
         if isinstance(result, tuple) and len(result) == 1:

@@ -1,5 +1,6 @@
 """Batches by index, the forward pass of training, and the teacher's outputs for a batch."""
 
+import copy
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ class Teacher:
                 )
             self._known = teacher.detach()
         else:
-            self._module = teacher
+            assert teacher is not None
+            self._module = teacher if device_of(teacher) == device else copy.deepcopy(teacher).to(device)
             if type(task.data.train) is TensorDataset and recipe.epochs > 1:
                 self._remember(size)
 
@@ -86,14 +88,8 @@ class Teacher:
         if self._known is not None:
             return self._known[index].to(self._device)
         assert self._module is not None
-        home = device_of(self._module)
-        self._module.to(self._device)
-        try:
-            with settled(self._module):
-                return forward(self._module, self._task, inputs, self._recipe)
-        finally:
-            if home != self._device:
-                self._module.to(home)
+        with settled(self._module):
+            return forward(self._module, self._task, inputs, self._recipe)
 
     def _remember(self, size: int) -> None:
         assert self._module is not None

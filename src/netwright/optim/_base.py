@@ -6,18 +6,21 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from netwright.core.errors import ClosureError, GradientError, SettingError, StateDictError
 
-__all__ = ["BaseOptimizer", "ClosureKind", "Group", "Member", "check_number", "check_pair"]
+__all__ = ["BaseOptimizer", "ClosureKind", "Group", "Member", "check_number", "check_pair", "require_one_process"]
 
 ClosureKind: TypeAlias = Literal["optional", "loss", "graph", "outputs"]
 """What ``step`` wants as closure; see :class:`BaseOptimizer`."""
 
 Group: TypeAlias = dict[str, Any]
+
+_LATE = {"differentiable"}  # what torch adds to the defaults once it has restored something
+_PATCHED = {"step", "_opt_called"}  # what a scheduler puts on an instance; it is about that instance alone
 
 _CLOSURES: Mapping[str, str] = {
     "loss": """def closure():
@@ -101,6 +104,14 @@ class BaseOptimizer(Optimizer):
             self.param_groups.pop()
             raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What ``copy`` and ``pickle`` take along: everything but hooks, where torch takes groups and state alone."""
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if not name.startswith("_optimizer_") and name not in _PATCHED
+        }
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state.
 
@@ -108,7 +119,7 @@ class BaseOptimizer(Optimizer):
             StateDictError: the state of another kind of optimizer.
         """
         for group in state_dict["param_groups"]:
-            missing = sorted(set(self.defaults) - set(group))
+            missing = sorted(set(self.defaults) - _LATE - set(group))
             if missing:
                 raise StateDictError(self._foreign(f"its groups have no {', '.join(missing)}"))
         for state in state_dict["state"].values():
@@ -236,3 +247,23 @@ def check_pair(owner: object, name: str, value: Any) -> tuple[float, float]:
         check_number(owner, f"{name}[{place}]", entry, high=1.0, below=True) for place, entry in enumerate(found)
     )
     return first, second
+
+
+def require_one_process(owner: object, why: str) -> None:
+    """Refuse a method that takes more than gradients from its batch where several processes train one model.
+
+    ``DistributedDataParallel`` averages gradients and nothing else, so the replicas would drift apart without a word.
+
+    Args:
+        owner: whose constructor asks.
+        why: what differs between the processes, as a clause.
+
+    Raises:
+        SettingError: ``torch.distributed`` is in use with more than one process.
+    """
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise SettingError(
+            f"{type(owner).__name__} trains in one process, and torch.distributed has {distributed.get_world_size()}: "
+            f"{why}, so the replicas of the model would drift apart. Train in one process, or take an optimizer that "
+            "needs averaged gradients only, such as torch.optim.AdamW or netwright.optim.Shampoo."
+        )

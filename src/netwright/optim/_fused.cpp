@@ -153,11 +153,6 @@ template <typename T> double distance(void *const *at, int64_t n, const double *
   return sum(n, [=](int64_t i) { const double x = double(left[i]) - double(right[i]); return x * x; });
 }
 
-template <typename T> double dot(void *const *at, int64_t n, const double *) {
-  ARRAY(left, 0); ARRAY(right, 1);
-  return sum(n, [=](int64_t i) { return double(left[i]) * double(right[i]); });
-}
-
 // Towards start + offset.
 template <typename T> double approach(void *const *at, int64_t n, const double *scalars) {
   ARRAY(into, 0); ARRAY(start, 1); ARRAY(offset, 2);
@@ -190,7 +185,7 @@ template <typename T> double add_squares(void *const *at, int64_t n, const doubl
 const Kernel kKernels[][2] = {
     {lion<float>, lion<double>},       {diffgrad<float>, diffgrad<double>}, {lerp_to<float>, lerp_to<double>},
     {add<float>, add<double>},         {scale<float>, scale<double>},       {squares<float>, squares<double>},
-    {distance<float>, distance<double>}, {dot<float>, dot<double>},         {approach<float>, approach<double>},
+    {distance<float>, distance<double>}, {approach<float>, approach<double>},
     {add_and_look<float>, add_and_look<double>}, {add_squares<float>, add_squares<double>},
 };
 
@@ -233,15 +228,16 @@ void *work(void *argument) {
 
 }  // namespace
 
-// Runs a kernel over all elements on at most `threads` threads, and returns the sum of what it returned. The sum does
-// not depend on the number of threads. NaN says that there was no memory for the partial sums, and nothing was moved.
+// Runs a kernel over all elements on at most `threads` threads, and returns the sum of what it returned, which does not
+// depend on the number of threads and is never negative. -1 says that there was no memory for the partial sums; nothing
+// was moved then.
 extern "C" double netwright_run(int kernel, int wide, int arrays, int64_t tensors, char *const *table,
                                 const int64_t *starts, const double *scalars, int threads) {
   const int64_t all = starts[tensors];
   Job job = {kKernels[kernel][wide], wide ? 8 : 4, arrays, tensors, table, starts, scalars, nullptr, 0, 0};
   job.chunks = (all + kChunk - 1) / kChunk;
   job.sums = static_cast<double *>(calloc(job.chunks + 1, sizeof(double)));
-  if (job.sums == nullptr) return __builtin_nan("");
+  if (job.sums == nullptr) return -1;
   const int64_t useful = all / kGrain < kMostThreads ? all / kGrain : kMostThreads;
   pthread_t helpers[kMostThreads];
   int started = 0;

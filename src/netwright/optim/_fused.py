@@ -4,7 +4,6 @@ An optimizer offers three forms of one equation: ``fused`` (the kernels of ``_fu
 operations on lists) and the same operations tensor by tensor. :func:`split` decides for each parameter.
 """
 
-import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -23,7 +22,6 @@ __all__ = [
     "APPROACH",
     "DIFFGRAD",
     "DISTANCE",
-    "DOT",
     "LERP",
     "LION",
     "SCALE",
@@ -65,10 +63,9 @@ ADD = Kernel(3, 2, (0,), 1)
 SCALE = Kernel(4, 1, (0,), 1)
 SQUARES = Kernel(5, 1, (), 0)
 DISTANCE = Kernel(6, 2, (), 0)
-DOT = Kernel(7, 2, (), 0)
-APPROACH = Kernel(8, 3, (0,), 1)
-ADD_AND_LOOK = Kernel(9, 3, (0,), 2)
-ADD_SQUARES = Kernel(10, 2, (0,), 1)
+APPROACH = Kernel(7, 3, (0,), 1)
+ADD_AND_LOOK = Kernel(8, 3, (0,), 2)
+ADD_SQUARES = Kernel(9, 2, (0,), 1)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _WIDE = {torch.float32: 0, torch.float64: 1}
@@ -193,10 +190,10 @@ def run(kernel: Kernel, rows: Sequence[Row], *scalars: float) -> float:
             numbers.buffer_info()[0],
             torch.get_num_threads(),
         )
+        if part < 0:
+            raise MemoryError("No memory for a step of an optimizer.")
         total += part
         if kernel.written:
-            if math.isnan(part):
-                raise MemoryError("No memory for a step of an optimizer.")
             increment_version([entry for place in kernel.written for entry in lists[place]])
     return total
 

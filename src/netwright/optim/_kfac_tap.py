@@ -1,6 +1,8 @@
 """What K-FAC overhears: a forward hook that sums up second moments of a layer's inputs and output gradients."""
 
 import functools
+import weakref
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from netwright.optim._kronecker import Layer, Sharing, as_type, layer_gradients, layer_inputs
 
-__all__ = ["Place", "Tap", "average_factors", "own_layers", "remove_handles"]
+__all__ = ["Listener", "Place", "Tap", "average_factors", "forget_unfit", "own_layers"]
+
+_FACTORS = ("updates", "a", "b", "inverse_a", "inverse_b")
 
 
 class Place(NamedTuple):
@@ -43,7 +47,8 @@ class Tap:
 
     def __call__(self, layer: Layer, args: tuple[Any, ...], output: Tensor) -> None:
         """Wait for the gradient of ``output``."""
-        if self.armed and torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad and args:
+        heard = self.armed and layer.weight.requires_grad and torch.is_grad_enabled()
+        if heard and isinstance(output, Tensor) and output.requires_grad and args:
             hear: Any = output.register_hook  # torch leaves it without annotations
             hear(functools.partial(self._hear, layer, args[0].detach()))
 
@@ -75,6 +80,79 @@ class Tap:
         return Tap, ()
 
 
+class Listener:
+    """The taps on the layers of a model, under the ids of their weights.
+
+    They go with it. A copy, by ``copy`` or ``pickle``, has taps of its own on the layers that were copied with it.
+
+    Args:
+        model: whose layers may be tapped.
+        sharing: see :class:`Tap`.
+    """
+
+    def __init__(self, model: nn.Module, sharing: Sharing) -> None:
+        self._layers, self._sharing = own_layers(model), sharing
+        self._begin()
+
+    def _begin(self) -> None:
+        self.places: dict[int, Place] = {}
+        self._handles: list[RemovableHandle] = []
+        weakref.finalize(self, _remove, self._handles)
+
+    def listen(self, owned: Collection[int]) -> None:
+        """Tap layers whose weights are among ``owned``, ids of parameters, with their bias where it is there too."""
+        for layer in self._layers:
+            if id(layer.weight) in owned:
+                bias = layer.bias is not None and id(layer.bias) in owned
+                place = self.places.get(id(layer.weight))
+                if place is None:
+                    self._tap(layer, bias)
+                elif place.tap.bias != bias:
+                    place.tap.bias = bias
+                    place.tap.clear()
+
+    def _tap(self, layer: Layer, bias: bool) -> Tap:
+        tap = Tap(bias, self._sharing)
+        self.places[id(layer.weight)] = Place(layer, tap)
+        self._handles.append(layer.register_forward_hook(tap))
+        return tap
+
+    def clear(self) -> None:
+        """Forget what was heard."""
+        for place in self.places.values():
+            place.tap.clear()
+
+    def remove(self) -> None:
+        """Take the taps off; happens by itself at the end of life."""
+        _remove(self._handles)
+
+    def __getstate__(self) -> dict[str, Any]:
+        tapped = [(place.layer, place.tap.bias, place.tap.armed) for place in self.places.values()]
+        return {"layers": self._layers, "sharing": self._sharing, "tapped": tapped, "silent": not self._handles}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._layers, self._sharing = state["layers"], state["sharing"]
+        self._begin()
+        for layer, bias, armed in state["tapped"]:
+            self._tap(layer, bias).armed = armed
+        if state["silent"]:
+            self.remove()
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
+
+
+def forget_unfit(places: Iterable[Place], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Drop the factors of layers whose bias was not there when they were gathered; they begin anew."""
+    for layer, tap in places:
+        own = state.get(layer.weight, {})
+        if "a" in own and len(own["a"]) != layer.weight.flatten(1).shape[1] + tap.bias:
+            for name in _FACTORS:
+                own.pop(name, None)
+
+
 def average_factors(state: dict[str, Any], heard: tuple[Tensor, Tensor], decay: float, dtype: torch.dtype) -> None:
     """Take new factors into the moving averages of a layer's state, kept in ``dtype``."""
     count = state["updates"] = state.get("updates", 0) + 1
@@ -98,9 +176,3 @@ def own_layers(model: nn.Module) -> list[Layer]:
             assert isinstance(module, Layer)
             found.append(module)
     return found
-
-
-def remove_handles(handles: list[RemovableHandle]) -> None:
-    """Take off hooks; the list is empty then."""
-    while handles:
-        handles.pop().remove()

@@ -1,13 +1,12 @@
 """Linear algebra of Kronecker-factored optimizers: factors of a layer, damped inverses, inverse roots."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import Optimizer
 
 __all__ = [
     "Layer",
@@ -18,7 +17,7 @@ __all__ = [
     "inverse_roots",
     "layer_gradients",
     "layer_inputs",
-    "restore_tensors",
+    "leading_inverse",
     "split_damping",
     "wide_dtype",
 ]
@@ -133,6 +132,12 @@ def damped_inverse(matrix: Tensor, damping: float) -> Tensor:
     return as_type(found, matrix.dtype)
 
 
+def leading_inverse(inverse: Tensor) -> Tensor:
+    """The inverse of a symmetric matrix without its last row and column, from the inverse of the whole."""
+    last = inverse[:-1, -1:]
+    return inverse[:-1, :-1] - last @ last.mT / inverse[-1, -1]
+
+
 def _sound(inverse: Tensor, matrix: Tensor) -> bool:
     """Whether rounding has left an inverse: by the condition in the 1-norm."""
     condition = torch.linalg.matrix_norm(inverse, 1) * torch.linalg.matrix_norm(matrix, 1)
@@ -176,18 +181,3 @@ def _stacked_roots(stack: Tensor, order: int, damping: float) -> list[Tensor | N
         powers = torch.where(values > floor, powers, 0.0)
     roots = (vectors * powers[:, None, :]) @ vectors.mT
     return [root if bool(root.isfinite().all()) else None for root in roots]
-
-
-def restore_tensors(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Put tensors of a loaded state back in the type in which they were saved; torch casts them to the parameter's."""
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for number, param in zip(numbers, params, strict=True):
-        for name, value in saved["state"].get(number, {}).items():
-            optimizer.state[param][name] = _placed(value, param.device)
-
-
-def _placed(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True)
-    return [_placed(entry, device) for entry in value] if isinstance(value, list) else value

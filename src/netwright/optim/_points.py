@@ -1,14 +1,14 @@
-"""Parameters as points: to one vector and back, and the state of an optimizer to return to."""
+"""Parameters as points: to one vector and back, and the state of an optimizer to return to or to go on from."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Snapshot", "flatten", "flatten_grads", "put", "restore", "snapshot", "split"]
+__all__ = ["Snapshot", "flatten", "flatten_grads", "put", "restore", "restore_tensors", "snapshot", "split"]
 
 
 def flatten(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -74,3 +74,18 @@ def restore(optimizer: Optimizer, kept: Snapshot) -> None:
     optimizer.state.update(kept.state)
     for group, numbers in zip(optimizer.param_groups, kept.numbers, strict=True):
         group.update(numbers)
+
+
+def restore_tensors(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Put tensors of a loaded state back in the type in which they were saved; torch casts them to the parameter's."""
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for number, param in zip(numbers, params, strict=True):
+        for name, value in saved["state"].get(number, {}).items():
+            optimizer.state[param][name] = _placed(value, param.device)
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    return [_placed(entry, device) for entry in value] if isinstance(value, list) else value

@@ -1,7 +1,7 @@
 """Gradients of one loss at several points at a time, in threads over copies of a model."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
@@ -24,8 +24,9 @@ class Replicas:
 
     Give it to :class:`~netwright.optim.OptEx` as ``evaluate``; the closure of ``step`` then takes a model and returns
     the loss: ``optimizer.step(lambda model: loss(model(inputs), targets))``. It must use nothing but that model's
-    parameters. Buffers (statistics of batch normalization) are taken from the model before, and the first copy's are
-    put back after. Random numbers (dropout) come in no fixed order when ``threads`` is above one.
+    parameters. Everything else is taken from the model before: buffers (statistics of batch normalization), other
+    parameters, what is trained, and which parts are in training mode. The first copy's buffers are put back after.
+    Random numbers (dropout) come in no fixed order when ``threads`` is above one.
 
     Cost: one copy of the model per point.
 
@@ -66,14 +67,12 @@ class Replicas:
 
         def gradients(task: tuple[nn.Module, Sequence[Tensor]]) -> Result:
             copied, point = task
-            copied.train(self.model.training)
+            _follow(copied, self.model, set(where))
             moved = list(copied.parameters())
             chosen = [moved[place] for place in where]
             with torch.no_grad():
                 for target, value in zip(chosen, point, strict=True):
                     target.copy_(value)
-                for buffer, value in zip(copied.buffers(), self.model.buffers(), strict=True):
-                    buffer.copy_(value)
             with torch.enable_grad():
                 loss = closure(copied)
                 return loss.detach(), torch.autograd.grad(loss, chosen, allow_unused=True)
@@ -88,3 +87,16 @@ class Replicas:
             for target, value in zip(self.model.buffers(), self._copies[0].buffers(), strict=True):
                 target.copy_(value)
         return results
+
+
+@torch.no_grad()
+def _follow(copied: nn.Module, model: nn.Module, without: Collection[int]) -> None:
+    """Make a copy like the model again, apart from the values of the parameters in the places of ``without``."""
+    for part, whole in zip(copied.modules(), model.modules(), strict=True):
+        part.training = whole.training
+    for place, (target, value) in enumerate(zip(copied.parameters(), model.parameters(), strict=True)):
+        target.requires_grad_(value.requires_grad)
+        if place not in without:
+            target.copy_(value)
+    for buffer, held in zip(copied.buffers(), model.buffers(), strict=True):
+        buffer.copy_(held)

@@ -14,8 +14,8 @@ class WarmupLinear(LRScheduler):
 
     Iteration :math:`t = 0, \dots, T - 1` has the group's learning rate times
 
-    .. math:: \frac{t + 1}{w} \text{ for } t < w, \qquad \frac{T - t}{T - w + 1} \text{ for } t \ge w,
-              \qquad w = \lfloor \rho\, T \rfloor
+    .. math:: \frac{t + 1}{w} \text{ for } t < w, \qquad \frac{T - t}{T - w + 1} \text{ for } t \ge w > 0, \qquad
+              \frac{T - t}{T} \text{ for } w = 0, \qquad w = \lfloor \rho\, T \rfloor
 
     so that no iteration is lost to a rate of zero, and 0 from :math:`T` on.
 

@@ -37,7 +37,7 @@ class Wrapper(BaseOptimizer):
         if any("lr" not in group for group in optimizer.param_groups):
             raise SettingError(f"{name} needs an lr in every group, and {type(optimizer).__name__} has none.")
         self.optimizer = optimizer
-        self.defaults = optimizer.defaults
+        self.defaults = dict(optimizer.defaults)  # torch adds to them
         self.__setstate__({})  # torch's hooks, without the groups that its constructor would make
 
     @property
@@ -57,9 +57,6 @@ class Wrapper(BaseOptimizer):
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
         self.optimizer.state = state
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_optimizer_")}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.optimizer!r})"

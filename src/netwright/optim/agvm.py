@@ -67,6 +67,7 @@ class AGVM(Wrapper):
     the last one if anything (clipping, unscaling) changes the gradients before ``step``. Under
     ``DistributedDataParallel`` gradients are averaged in each backward pass, and nothing else is needed. A closure
     given to ``step`` may call :meth:`observe` between its two backward passes. Steps without it keep the factors.
+    Where a step is left out, as by ``GradScaler`` where gradients overflow, :meth:`zero_grad` forgets what was seen.
 
     Cost: on every ``interval``-th step one copy of the gradients and three dot products; else nothing. Memory beside
     the inner optimizer's: one number per group, and that copy between ``observe`` and ``step``.
@@ -186,7 +187,8 @@ class AGVM(Wrapper):
         if self._measured:
             raise GradientError(
                 "AGVM: observe was called three times before step. Call it after half of the batch, and once more "
-                "at its end where gradients are clipped or unscaled before step."
+                "at its end where gradients are clipped or unscaled before step; where a step is left out, clear the "
+                "gradients by this optimizer's zero_grad."
             )
         self.refuse_sparse()
         if self._half is not None:
@@ -196,6 +198,11 @@ class AGVM(Wrapper):
         if all(grad is None for group in grads for grad in group):
             raise GradientError("AGVM: observe found no gradients. Call it after the backward pass of the first half.")
         self._half = [[None if grad is None else grad.clone() for grad in group] for group in grads]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and forget what was observed of them."""
+        super().zero_grad(set_to_none)
+        self._half, self._measured = None, False
 
     def _due(self) -> bool:
         return self._steps >= self.start and (self._steps - self.start) % self.interval == 0

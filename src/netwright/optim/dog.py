@@ -29,7 +29,8 @@ class DoG(BaseOptimizer):
               \eta_t = \frac{\bar r_t}{\sqrt{\sum_{i \le t} \lVert g_i \rVert^2 + \epsilon}}, \qquad
               x_{t+1} = x_t - \gamma\,\eta_t\,g_t,
 
-    where :math:`r_\epsilon = \rho\,(1 + \lVert x_0 \rVert)`. The average weighs late iterates more:
+    where :math:`r_\epsilon = \rho\,(1 + \lVert x_0 \rVert)`. A parameter without a gradient counts where it is.
+    The average weighs late iterates more:
 
     .. math:: a_{t} = a_{t-1} + \frac{1 + p}{t + p}\,(x_t - a_{t-1}), \qquad t = 1, 2, \dots
 
@@ -115,7 +116,7 @@ class DoG(BaseOptimizer):
         if not parts:
             return loss
         gradients = [_gradients(group, members) for group, members in parts]
-        total, moved = 0.0, 0.0
+        total = 0.0
         for (group, members), grads in zip(parts, gradients, strict=True):
             for member in members:
                 if "start" not in member.state:
@@ -123,19 +124,25 @@ class DoG(BaseOptimizer):
                     if self.average is not None:
                         member.state["average"] = member.param.clone()
             total += squares(self, group, grads)
-            moved += distance(self, group, [m.param for m in members], [m.state["start"] for m in members])
+        begun = [(group, *self._begun(group)) for group in self.param_groups]
+        moved = sum(distance(self, group, params, [s["start"] for s in states]) for group, params, states in begun)
         own = self._own(parts)
         own["step"] += 1
         own["total"] += total
         own["radius"] = max(own["radius"], math.sqrt(moved))
         size = _step_size(own["radius"], own["total"], self.eps)
         for (group, members), grads in zip(parts, gradients, strict=True):
-            params = [member.param for member in members]
-            add(self, group, params, grads, -float(group["lr"]) * size)
-            if self.average is not None:
-                weight = (1 + self.average) / (own["step"] + self.average)
-                lerp(self, group, [member.state["average"] for member in members], params, weight)
+            add(self, group, [member.param for member in members], grads, -float(group["lr"]) * size)
+        if self.average is not None:
+            weight = (1 + self.average) / (own["step"] + self.average)
+            for group, params, states in begun:
+                lerp(self, group, [state["average"] for state in states], params, weight)
         return loss
+
+    def _begun(self, group: Group) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        """The parameters of a group that move or have moved before, and their state."""
+        known = [param for param in group["params"] if "start" in self.state.get(param, {})]
+        return [_real(param) for param in known], [self.state[param] for param in known]
 
     def _own(self, parts: list[tuple[Group, list[Member]]]) -> dict[str, Any]:
         """What is kept for all parameters together, in the state of the first one."""
@@ -159,11 +166,7 @@ class DoG(BaseOptimizer):
             ...     print(weight.sum().item())
             2.0
         """
-        pairs = [
-            (torch.view_as_real(param) if param.is_complex() else param, state["average"])
-            for param, state in self.state.items()
-            if "average" in state
-        ]
+        pairs = [(_real(param), state["average"]) for param, state in self.state.items() if "average" in state]
         _swap(pairs)
         try:
             yield
@@ -179,6 +182,10 @@ def _step_size(radius: float, total: float, eps: float) -> float:
 def _gradients(group: Group, members: list[Member]) -> list[Tensor]:
     decay = group["weight_decay"]
     return [m.grad.add(m.param, alpha=decay) if decay else m.grad for m in members]
+
+
+def _real(param: Tensor) -> Tensor:
+    return torch.view_as_real(param) if param.is_complex() else param
 
 
 @torch.no_grad()

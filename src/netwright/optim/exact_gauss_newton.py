@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from netwright.core.errors import ClosureError, GradientError, SettingError
-from netwright.optim._base import BaseOptimizer, ClosureKind, Group, check_number
+from netwright.core.randomness import restore_states, save_states
+from netwright.optim._base import BaseOptimizer, ClosureKind, Group, check_number, require_one_process
 from netwright.optim._item_jacobian import ItemJacobian, find_uses, is_coupled
 from netwright.optim._output_curvature import Curvature, Head, head_of, loss_and_outputs, slopes_and_curvatures
 
@@ -68,11 +69,17 @@ def _move(params: Sequence[Tensor], start: Sequence[Tensor], moves: Sequence[Ten
 
 
 class _Repeat:
-    """A closure that sees the same random numbers each time."""
+    """A closure that sees the same random numbers each time.
 
-    def __init__(self, call: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        self._call = call
-        self._before = torch.get_rng_state()
+    Args:
+        call: the closure.
+        device: whose generator counts beside those of the CPU.
+        often: whether it is called again.
+    """
+
+    def __init__(self, call: Callable[[], tuple[Tensor, Tensor]], device: torch.device, often: bool) -> None:
+        self._call, self._device = call, device
+        self._before = save_states(device) if often else {}
 
     def first(self) -> tuple[Tensor, Tensor]:
         """What the closure returns."""
@@ -80,12 +87,12 @@ class _Repeat:
 
     def again(self) -> float:
         """The loss at the parameters as they are now; the random state stays."""
-        state = torch.get_rng_state()
-        torch.set_rng_state(self._before)
+        states = save_states(self._device)
+        restore_states(self._before, self._device)
         try:
             return float(self._call()[0].detach())
         finally:
-            torch.set_rng_state(state)
+            restore_states(states, self._device)
 
 
 class ExactGaussNewton(BaseOptimizer):
@@ -124,7 +131,7 @@ class ExactGaussNewton(BaseOptimizer):
     inner products (less where convolutions see few places) and :math:`O(b^3 n^3)` for the system. Memory: momentum, if
     any; while stepping, :math:`n` times the activations, and :math:`b n p` numbers for the parameters of layers other
     than linear, 2d convolution and normalization, for weights under parametrization, and for all where ``"exact"``
-    meets coupled items. The line search and adaptive damping call the closure again.
+    meets coupled items. The line search and adaptive damping call the closure again, from the same random state.
 
     Args:
         params: parameters, or groups of them.
@@ -136,7 +143,7 @@ class ExactGaussNewton(BaseOptimizer):
         adapt: factor of the adaptive damping, at least 1, which leaves it fixed. The source suggests 1.01.
 
     Raises:
-        SettingError: a setting outside its range, complex parameters, or several devices.
+        SettingError: a setting outside its range, complex parameters, several devices, or several processes.
         ClosureError: no closure; or, at a step, a loss that is not a mean over items of functions of their own
             outputs, or that depends on parameters other than through the outputs.
         GradientError: sparse gradients, or a curvature that is not finite.
@@ -177,6 +184,7 @@ class ExactGaussNewton(BaseOptimizer):
         line_search: bool = False,
         adapt: float = 1.0,
     ) -> None:
+        require_one_process(self, "it takes derivatives of the batch of one process")
         if curvature not in get_args(Curvature):
             raise SettingError(f"ExactGaussNewton: curvature must be 'exact' or 'residual', got {curvature!r}.")
         if not isinstance(line_search, bool):
@@ -204,9 +212,10 @@ class ExactGaussNewton(BaseOptimizer):
             The loss before the step.
         """
         self.refuse_sparse()
-        evaluate = _Repeat(lambda: loss_and_outputs(self, self.evaluate(closure)))
+        first, judged = self.param_groups[0]["params"][0], self.line_search or self.adapt > 1.0
+        evaluate = _Repeat(lambda: loss_and_outputs(self, self.evaluate(closure)), first.device, judged)
         loss, outputs = evaluate.first()
-        shared = self.state[self.param_groups[0]["params"][0]]
+        shared = self.state[first]
         scale = shared.get("damping_scale", 1.0)
         owned = [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad and p.numel()]
         params = [param for param, _ in owned]
@@ -220,7 +229,7 @@ class ExactGaussNewton(BaseOptimizer):
                 direction = torch.div(direction.view(param.shape), dampings[place], out=torch.empty_like(param))
                 direction = self._smooth(param, direction, float(group["momentum"])) * -float(group["lr"])
             moves.append(direction)
-        if self.line_search or self.adapt > 1.0:
+        if judged:
             slope, bend = _model(jacobian, head, moves)
             self._judge(evaluate, float(loss), slope, bend, params, moves, shared)
         else:

@@ -1,27 +1,26 @@
 """K-FAC: natural gradient with one Kronecker product per layer."""
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
-from torch.utils.hooks import RemovableHandle
 
 from netwright.core.errors import SettingError
-from netwright.optim._base import BaseOptimizer, Group, Member, check_number
-from netwright.optim._kfac_tap import Place, Tap, average_factors, own_layers, remove_handles
+from netwright.optim._base import BaseOptimizer, Group, Member, check_number, require_one_process
+from netwright.optim._kfac_tap import Listener, Tap, average_factors, forget_unfit
 from netwright.optim._kronecker import (
     Sharing,
     Split,
     as_type,
     damped_inverse,
-    restore_tensors,
+    leading_inverse,
     split_damping,
     wide_dtype,
 )
+from netwright.optim._points import restore_tensors
 
 __all__ = ["KFAC"]
 
@@ -68,7 +67,8 @@ class KFAC(BaseOptimizer):
 
     Everything else takes a plain SGD step with the same settings: parameters of other layers (normalization,
     embeddings), grouped convolutions, weights shared between modules, and layers whose weight is used without calling
-    the layer. The loss is taken as a mean over the first dimension of the inputs.
+    the layer. The loss is taken as a mean over the first dimension of the inputs. A bias that is frozen leaves its
+    column out of :math:`A`. A copy of the optimizer listens to the layers that are copied with it.
 
     Cost: for a layer with :math:`m` outputs and :math:`n` inputs, state of :math:`2(m^2 + n^2) + mn` numbers (the last
     only with momentum); each step :math:`O(mn(m + n))`, each update :math:`O(NR(m^2 + n^2))`, each inversion
@@ -93,7 +93,8 @@ class KFAC(BaseOptimizer):
         maximize: ascend.
 
     Raises:
-        SettingError: a setting outside its range, or a model that has none of the parameters.
+        SettingError: a setting outside its range, a model that has none of the parameters, or several processes: each
+            would have factors of its own.
         GradientError: on a step, sparse gradients.
 
     Example:
@@ -123,6 +124,7 @@ class KFAC(BaseOptimizer):
     state_names: ClassVar[frozenset[str]] = frozenset(
         {"step", "updates", "a", "b", "inverse_a", "inverse_b", "momentum"}
     )
+    _complete: bool = False  # whether all groups of the constructor are there: a bias may be in a later one
 
     def __init__(
         self,
@@ -145,10 +147,8 @@ class KFAC(BaseOptimizer):
             raise SettingError(f"KFAC: model must be the nn.Module that is trained, got {type(model).__name__}.")
         if sharing not in get_args(Sharing):
             raise SettingError(f"KFAC: sharing must be 'expand' or 'reduce', got {sharing!r}.")
-        self._places: dict[int, Place] = {}
-        self._handles: list[RemovableHandle] = []
-        self._candidates = own_layers(model)
-        self._sharing = sharing
+        require_one_process(self, "its factors come from the batch of one process")
+        self._listener = Listener(model, sharing)
         defaults = {
             "lr": lr,
             "damping": damping,
@@ -165,7 +165,8 @@ class KFAC(BaseOptimizer):
         known = {id(param) for param in model.parameters()}
         if not any(id(param) in known for group in self.param_groups for param in group["params"]):
             raise SettingError("KFAC: none of the parameters belongs to the model. Pass model.parameters() and model.")
-        weakref.finalize(self, remove_handles, self._handles)
+        self._complete = True
+        self._listen()
 
     def check(self, group: Group) -> None:
         """Refuse settings outside their range."""
@@ -188,38 +189,39 @@ class KFAC(BaseOptimizer):
                 raise SettingError(f"KFAC: {name} must be a positive integer, got {value!r}.")
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group, and listen to the layers whose weights it has."""
+        """Add a group, and listen to the layers whose weights it has. Where it brings a bias, factors begin anew."""
         super().add_param_group(param_group)
-        self._listen()
+        if self._complete:
+            self._listen()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state."""
         super().load_state_dict(state_dict)
         restore_tensors(self, state_dict)
-        self._arm()
+        self._listen()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, and what the hooks have collected beside them."""
         super().zero_grad(set_to_none)
-        for _, tap in self._places.values():
-            tap.clear()
+        self._listener.clear()
 
     def remove_hooks(self) -> None:
         """Take the hooks off the model; from then on the last inverses stay. Happens by itself at the end of life."""
-        remove_handles(self._handles)
+        self._listener.remove()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; the closure's loss where there is one."""
         loss = self.evaluate(closure)
         self.refuse_sparse()
+        places = self._listener.places
         members = [(group, self.members(group)) for group in self.param_groups]
         found = {id(member.param): member for _, entries in members for member in entries}
         moves = {name: member.grad for name, member in found.items()}
         natural: set[int] = set()
         for group, entries in members:
             for member in entries:
-                place = self._places.get(id(member.param))
+                place = places.get(id(member.param))
                 if place is not None:
                     bias = found.get(id(place.layer.bias)) if place.tap.bias else None
                     directions = _directions(group, member, bias, place.tap)
@@ -235,21 +237,19 @@ class KFAC(BaseOptimizer):
         return loss
 
     def _listen(self) -> None:
-        owned = {id(param) for group in self.param_groups for param in group["params"] if param.requires_grad}
-        for layer in self._candidates:
-            if id(layer.weight) in owned and id(layer.weight) not in self._places:
-                tap = Tap(layer.bias is not None and id(layer.bias) in owned, self._sharing)
-                self._places[id(layer.weight)] = Place(layer, tap)
-                self._handles.append(layer.register_forward_hook(tap))
+        self._listener.listen({id(param) for group in self.param_groups for param in group["params"]})
+        forget_unfit(self._listener.places.values(), self.state)
         self._arm()
 
     def _arm(self) -> None:
         """Let those taps listen whose layers update their factors in the coming step."""
+        places = self._listener.places
         for group in self.param_groups:
             for param in group["params"]:
-                if id(param) in self._places:
-                    tap = self._places[id(param)].tap
-                    tap.armed = self.state.get(param, {}).get("step", 0) % group["update_every"] == 0
+                if id(param) in places:
+                    state = self.state.get(param, {})
+                    due = state.get("step", 0) % group["update_every"] == 0
+                    places[id(param)].tap.armed = due or "a" not in state
 
 
 def _directions(group: Group, weight: Member, bias: Member | None, tap: Tap) -> dict[int, Tensor]:
@@ -266,12 +266,13 @@ def _directions(group: Group, weight: Member, bias: Member | None, tap: Tap) -> 
         dampings = split_damping(state["a"], state["b"], group["damping"], group["split"])
         for name, damping in zip("ab", dampings, strict=True):
             state[f"inverse_{name}"] = damped_inverse(state[name], damping)
-    grad = as_type(weight.grad.flatten(1), state["a"].dtype)
-    if tap.bias:
-        last = grad.new_zeros(len(grad)) if bias is None else as_type(bias.grad, grad.dtype)
-        grad = torch.cat([grad, last[:, None]], 1)
-    move = _step(grad, state["inverse_a"], state["inverse_b"])
-    main = move[:, :-1] if tap.bias else move
+    grad, inverse_a = as_type(weight.grad.flatten(1), state["a"].dtype), state["inverse_a"]
+    if bias is not None:
+        grad = torch.cat([grad, as_type(bias.grad, grad.dtype)[:, None]], 1)
+    elif tap.bias:  # it is frozen
+        inverse_a = leading_inverse(inverse_a)
+    move = _step(grad, inverse_a, state["inverse_b"])
+    main = move if bias is None else move[:, :-1]
     found = {id(weight.param): as_type(main.reshape_as(weight.param), weight.param.dtype)}
     if bias is not None:
         found[id(bias.param)] = as_type(move[:, -1], bias.param.dtype)

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from netwright.core.errors import SettingError, StateDictError
 from netwright.core.recipe import resolve
-from netwright.optim._base import ClosureKind, Group, check_number
+from netwright.optim._base import ClosureKind, Group, check_number, require_one_process
 from netwright.optim._gradient_history import GradientHistory
 from netwright.optim._points import Snapshot, flatten, flatten_grads, put, restore, snapshot, split
 from netwright.optim._replicas import Evaluate, Replicas, Result
@@ -78,7 +78,8 @@ class OptEx(Wrapper):
         evaluate: evaluates gradients at several points; None calls the closure for each.
 
     Raises:
-        SettingError: a setting outside its range, or an inner optimizer that needs a closure.
+        SettingError: a setting outside its range, an inner optimizer that needs a closure, or several processes without
+            a function that evaluates for all of them.
         ClosureError: a step without closure, unless ``evaluate`` is given.
         StateDictError: a state of another history or other parameters.
 
@@ -119,6 +120,8 @@ class OptEx(Wrapper):
         dimensions: int | None = None,
         evaluate: Evaluate | None = None,
     ) -> None:
+        if evaluate is None or isinstance(evaluate, Replicas):
+            require_one_process(self, "each would go on from the point that is best on its own batch")
         super().__init__(optimizer)
         wanted: list[tuple[str, Any, int]] = [("parallelism", parallelism, 1), ("history", history, 1)]
         for name, value, least in [*wanted, *([] if dimensions is None else [("dimensions", dimensions, 1)])]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from netwright.core.errors import ClosureError, SettingError
-from netwright.optim._base import BaseOptimizer, ClosureKind, Group, check_number
+from netwright.optim._base import BaseOptimizer, ClosureKind, Group, check_number, require_one_process
 from netwright.optim._output_curvature import loss_and_outputs
 from netwright.optim._perceptron import BypassPerceptron, layers_of
 
@@ -92,7 +92,7 @@ class OptimalInputGain(BaseOptimizer):
     inputs: the optimal learning factor :math:`z = \sum_m g_m / \sum_{mk} H_{mk}`.
 
     Where the error after both stages is not smaller, the step of the hidden weights is halved, at most six times, and
-    then left out: on a fixed batch the error never grows.
+    then left out: on a fixed batch the error never grows where the output and bypass weights have a rate of 1.
 
     Cost: for :math:`h` hidden units and :math:`m` outputs, time
     :math:`O(b (n h m + n^2 m + (h + n)^2) + (h + n)^3)`, the last two terms again for each halving; the layers run in
@@ -109,7 +109,8 @@ class OptimalInputGain(BaseOptimizer):
         ridge: added to the diagonals of all equations, relative to their mean; raise it where the network overfits.
 
     Raises:
-        SettingError: a setting outside its range, another kind of model, or parameters that are not the model's.
+        SettingError: a setting outside its range, another kind of model, parameters that are not the model's, or
+            several processes.
         ClosureError: no closure; or, at a step, a loss other than the squared error, or a closure that does not call
             the model once.
         GradientError: sparse gradients.
@@ -150,6 +151,7 @@ class OptimalInputGain(BaseOptimizer):
         gains: bool = True,
         ridge: float = 1e-8,
     ) -> None:
+        require_one_process(self, "it takes derivatives of the batch of one process")
         if hidden not in get_args(Hidden):
             raise SettingError(f"OptimalInputGain: hidden must be 'bp' or 'hwo', got {hidden!r}.")
         if not isinstance(gains, bool):

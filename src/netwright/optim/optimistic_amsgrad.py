@@ -23,7 +23,9 @@ class OptimisticAMSGrad(BaseOptimizer):
 
     ``step`` leaves the parameters at the optimistic point :math:`w`, where the next gradient is to be taken. Evaluate
     and save there, as the paper does, or inside :meth:`at_base`, where the parameters are the iterate
-    :math:`\tilde w` that no prediction has touched; near the end of a run the two all but coincide.
+    :math:`\tilde w` that no prediction has touched; near the end of a run the two all but coincide. Where
+    something else changes the parameters between steps (clipping, an average put into the model), :math:`\tilde w` goes
+    along.
 
     With the gradient :math:`g_t` at :math:`w_t`, elementwise and for :math:`t = 1, 2, \dots`,
 
@@ -47,7 +49,7 @@ class OptimisticAMSGrad(BaseOptimizer):
     the last bit that of ``torch.optim.Adam(amsgrad=True, foreach=False, fused=False)``.
 
     Cost: beside Adam's passes, two over the :math:`r` stored differences and an :math:`r \times r` system. Memory:
-    ``5 + span`` words per parameter (:math:`\tilde w, \theta, v, \hat v, g`, and the differences).
+    ``5 + span`` words per parameter (:math:`w - \tilde w, \theta, v, \hat v, g`, and the differences).
 
     Args:
         params: parameters, or groups of them; all of them share the weights :math:`c`.
@@ -84,7 +86,7 @@ class OptimisticAMSGrad(BaseOptimizer):
     """
 
     state_names = frozenset(
-        {"step", "base", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "last", "differences", "seen", "gram"}
+        {"step", "ahead", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "last", "differences", "seen", "gram"}
     )
     takes_complex = True
     one_device = True
@@ -161,12 +163,12 @@ class OptimisticAMSGrad(BaseOptimizer):
             True
         """
         swapped = [
-            (_real(param), state["base"], _real(param).clone())
+            (_real(param), state["ahead"], _real(param).clone())
             for param, state in self.state.items()
-            if "base" in state
+            if "ahead" in state
         ]
-        for param, base, _ in swapped:
-            param.copy_(base)
+        for param, ahead, _ in swapped:
+            param.sub_(ahead)
         try:
             yield
         finally:
@@ -239,7 +241,11 @@ def _predict(state: dict[str, Any], mixture: Tensor) -> Tensor:
 
 
 def _step(member: Member, grad: Tensor, predicted: Tensor | None, group: Group) -> None:
-    """AMSGrad from the base, then the half-step along the prediction. The first part rounds as PyTorch's does."""
+    """AMSGrad from the base, then the half-step along the prediction. The first part rounds as PyTorch's does.
+
+    Kept is how far the parameters then are ahead of the base, by a subtraction, which is exact for a step of ordinary
+    length: the way back leads to the very base.
+    """
     param, state = member.param, member.state
     first, second = (float(beta) for beta in group["betas"])
     lr = float(group["lr"])
@@ -247,8 +253,8 @@ def _step(member: Member, grad: Tensor, predicted: Tensor | None, group: Group) 
         state["step"] = 0
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
             state[name] = torch.zeros_like(param)
-    if "base" in state:
-        param.copy_(state["base"])
+    if "ahead" in state:
+        param.sub_(state["ahead"])
     state["step"] += 1
     step, average = state["step"], state["exp_avg"]
     average.lerp_(grad, 1 - first)
@@ -257,14 +263,14 @@ def _step(member: Member, grad: Tensor, predicted: Tensor | None, group: Group) 
     denominator = (state["max_exp_avg_sq"].sqrt() / (1 - second**step) ** 0.5).add_(group["eps"])
     param.addcdiv_(average, denominator, value=-lr / (1 - first**step))
     if predicted is not None:
-        if "base" in state:
-            state["base"].copy_(param)
-        else:
-            state["base"] = param.clone()
-        ahead = predicted.lerp_(average, first)
-        param.addcdiv_(ahead, denominator, value=-lr / (1 - first ** (step + 1)))
-    elif "base" in state:
-        state["base"].copy_(param)
+        if "ahead" not in state:
+            state["ahead"] = torch.empty_like(param)
+        base = state["ahead"].copy_(param)
+        expected = predicted.lerp_(average, first)
+        param.addcdiv_(expected, denominator, value=-lr / (1 - first ** (step + 1)))
+        torch.sub(param, base, out=base)
+    elif "ahead" in state:
+        state["ahead"].zero_()
 
 
 def _decayed(member: Member, group: Group) -> Tensor:

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from netwright.core.errors import ClosureError, GradientError, SettingError
 from netwright.core.randomness import restore_states, save_states
-from netwright.optim._base import BaseOptimizer, Group, check_number
+from netwright.optim._base import BaseOptimizer, Group, check_number, require_one_process
 from netwright.optim._krylov import krylov
 
 __all__ = ["SaddleFreeNewton"]
@@ -70,7 +70,7 @@ class SaddleFreeNewton(BaseOptimizer):
 
     Raises:
         SettingError: a setting outside its range, groups that disagree on a shared one, complex parameters, parameters
-            on several devices.
+            on several devices, several processes.
         ClosureError: in a step, no closure, or one whose loss has no graph (it must not call ``backward``).
         GradientError: in a step, gradients or Hessian-vector products that are sparse or not finite. The parameters
             have not moved then.
@@ -108,6 +108,7 @@ class SaddleFreeNewton(BaseOptimizer):
         subspace: int = 20,
         damping: float | Sequence[float] = _GRID,
     ) -> None:
+        require_one_process(self, "it takes derivatives of the batch of one process")
         super().__init__(params, {"lr": lr, "subspace": subspace, "damping": damping})
 
     def check(self, group: Group) -> None:

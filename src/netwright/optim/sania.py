@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from netwright.core.errors import GradientError, SettingError
-from netwright.optim._base import BaseOptimizer, ClosureKind, Group, Member, check_number
+from netwright.optim._base import BaseOptimizer, ClosureKind, Group, Member, check_number, require_one_process
 
 __all__ = ["SANIA"]
 
@@ -65,7 +65,7 @@ class SANIA(BaseOptimizer):
         samples: :math:`k`, draws of "hutchinson" in each step.
 
     Raises:
-        SettingError: a setting outside its range.
+        SettingError: a setting outside its range, or several processes: each would have a loss and a step of its own.
         ClosureError: no closure, or one that does not return a scalar loss.
         GradientError: a sparse gradient; with "hutchinson", a loss without a graph.
 
@@ -104,6 +104,7 @@ class SANIA(BaseOptimizer):
         optimum: float = 0.0,
         samples: int = 1,
     ) -> None:
+        require_one_process(self, "its step follows from the loss of the batch of one process")
         if preconditioner not in get_args(Preconditioner):
             known = " or ".join(map(repr, get_args(Preconditioner)))
             raise SettingError(f"SANIA: preconditioner must be {known}, got {preconditioner!r}.")

@@ -10,7 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from netwright.core.errors import SettingError
 from netwright.optim._base import BaseOptimizer, Group, Member, check_number, check_pair
-from netwright.optim._kronecker import as_type, inverse_roots, restore_tensors, wide_dtype
+from netwright.optim._kronecker import as_type, inverse_roots, wide_dtype
+from netwright.optim._points import restore_tensors
 
 __all__ = ["Shampoo"]
 

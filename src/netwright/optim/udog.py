@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from netwright.core.errors import SettingError
 from netwright.optim._base import BaseOptimizer, Group, check_number
 from netwright.optim._fused import check_form
+from netwright.optim._points import restore_tensors
 from netwright.optim._vectors import add_and_look, add_squares, approach, distance, squares, wide
 
 __all__ = ["UDoG"]
@@ -114,6 +115,15 @@ class UDoG(BaseOptimizer):
     def check(self, group: Group) -> None:
         """Raise ``SettingError`` for a setting outside its range."""
         check_form(self, group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state, to the last bit.
+
+        Raises:
+            StateDictError: the state of another kind of optimizer.
+        """
+        super().load_state_dict(state_dict)
+        restore_tensors(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
@@ -242,7 +252,7 @@ def _step_size(total: float, own: dict[str, Any], damped: bool) -> float:
     """Distance over gradients, for the sum ``Q + M``; 0 before there is any gradient."""
     if total <= 0:
         return 0.0
-    damping = 1 + math.log(total / own["first"]) if damped else 1.0
+    damping = 1 + math.log(total / own["first"]) if damped and own["first"] > 0 else 1.0
     return float(own["radius"] / (math.sqrt(total) * damping))
 
 

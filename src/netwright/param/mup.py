@@ -82,8 +82,8 @@ def mup(
         damping: at the base width: ``eps`` of Adam, the product of both dampings of K-FAC, ``damping`` of Shampoo. None
             leaves it to the optimizer (of K-FAC's splits, "trace" then scales by itself).
         initialization: how the model was initialized: "fan_in" as torch's layers are, with variance inverse to the
-            fan-in, "constant" with a variance that is the same at all widths. "keep" changes nothing in the model, for
-            one that was rescaled before and trained since.
+            fan-in, "constant" with a variance that is the same at all widths. "keep" leaves the weights as they are,
+            for a model that was rescaled before and trained since, here or in another process.
         roles: by name of parameters: "input", "hidden", "output" or "scalar", for parameters of modules of your own
             that are not used as those of ``nn.Linear`` are. Without it, such a parameter with one width is "input".
 
@@ -111,7 +111,8 @@ def mup(
 
     Differs: exponents of K-FAC and Shampoo are those in the authors' code, and checked by deriving them; the rows for
     damping of Shampoo and for biases are derived. Depth is not scaled. An output layer that shares its weight with an
-    embedding has its input multiplied by :math:`1 / n` instead, and follows the embedding's column.
+    embedding has its input multiplied by :math:`1 / n` instead, by a hook, and follows the embedding's column. The hook
+    is not part of a state dict, so "keep" adds it where it is missing.
     """
     _check(model, optimizer, lr, damping, initialization)
     widths = widths_of(model, base, delta, roles or {})
@@ -124,7 +125,8 @@ def mup(
         model.__dict__[_MARK] = True
         for name, param in params.items():
             _rescale(param, _gain(widths[name], initialization))
-        for name, layer in tied_outputs(model):
+    for name, layer in tied_outputs(model):
+        if not any(isinstance(hook, _Multiplier) for hook in layer._forward_pre_hooks.values()):
             layer.register_forward_pre_hook(_Multiplier(1 / widths[name].fan_out))
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, param in params.items():

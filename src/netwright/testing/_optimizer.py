@@ -43,7 +43,8 @@ def check_optimizer(
     ``determinism``    two runs agree to the last bit
     ``groups``         groups keep settings of their own
     ``add_group``      ``add_param_group`` equals giving the group at construction
-    ``resume``         through ``torch.save`` and ``torch.load(weights_only=True)``, to the last bit
+    ``resume``         through ``torch.save`` and ``torch.load(weights_only=True)``, to the last bit, more than once
+    ``copy``           ``copy.deepcopy`` of parameters and optimizer goes on as they do, and leaves them alone
     ``closure``        ``step(closure)`` returns the loss; where one is needed, its absence is an error
     ``zero_lr``        with ``lr = 0`` parameters stay
     ``schedule``       a learning rate set by an ``LRScheduler`` takes effect
@@ -75,7 +76,7 @@ def check_optimizer(
             equalities with separate optimizers are not asked for.
         sparse: True where sparse gradients are supported, False where they must be refused, None for either.
         complex: complex parameters are claimed to work.
-        bf16: bfloat16 parameters are claimed to work.
+        bf16: bfloat16 parameters are claimed to work, and to resume.
         steps: iterations of the memory check.
         seed: source of parameters and of the random state before every step.
         skip: properties to leave out, by name; say in your own tests why.

@@ -1,6 +1,7 @@
 """Properties of an optimizer inside a training loop: groups, resuming, closures, schedules, memory."""
 
 import contextlib
+import copy
 import gc
 import inspect
 import io
@@ -78,7 +79,13 @@ def _add_group(trial: Trial) -> None:
 
 
 def _resume(trial: Trial) -> None:
-    params = parameters(trial.seed)
+    _resumes(trial, torch.float64)
+    if trial.bf16:
+        _resumes(trial, torch.bfloat16)
+
+
+def _resumes(trial: Trial, dtype: torch.dtype) -> None:
+    params = parameters(trial.seed, dtype)
     optimizer = trial.make(params)
     for group in optimizer.param_groups:
         if "lr" in group:
@@ -88,13 +95,33 @@ def _resume(trial: Trial) -> None:
     torch.save(optimizer.state_dict(), file)
     unbroken = trial.run(optimizer, params, range(4, 8))
 
-    file.seek(0)
     again = [value.clone().requires_grad_() for value in saved]
     resumed_optimizer = trial.make(again)
-    resumed_optimizer.load_state_dict(torch.load(file, weights_only=True))
+    for _ in range(2):  # twice: it must not refuse what it has restored before
+        file.seek(0)
+        resumed_optimizer.load_state_dict(torch.load(file, weights_only=True))
     resumed = trial.run(resumed_optimizer, again, range(4, 8))
+    kind = str(dtype).removeprefix("torch.")
     gap = distance(unbroken, resumed)
-    expect(same(unbroken, resumed), f"four steps after load_state_dict differ from the unbroken run by {gap:.3g}.")
+    expect(same(unbroken, resumed), f"four {kind} steps after load_state_dict differ from unbroken ones by {gap:.3g}.")
+
+
+def _copy(trial: Trial) -> None:
+    params = parameters(trial.seed)
+    optimizer = trial.make(params)
+    if "lr" in optimizer.param_groups[0]:
+        LambdaLR(optimizer, lambda time: 1.0)  # which puts a step of its own on the optimizer
+    trial.run(optimizer, params, range(3))
+    for param in params:
+        param.grad = None  # which may hold a graph, and torch copies no graph
+    start = [param.detach().clone() for param in params]
+    twins, twin = copy.deepcopy((params, optimizer))
+    alone = trial.run(twin, twins, range(3, 6))
+    gap = distance(params, start)
+    expect(same(params, start), f"steps of a copy moved the parameters of the original by {gap:.3g}.")
+    unbroken = trial.run(optimizer, params, range(3, 6))
+    gap = distance(alone, unbroken)
+    expect(same(alone, unbroken), f"three steps of a copy differ from those of the original by {gap:.3g}.")
 
 
 def _closure(trial: Trial) -> None:
@@ -224,6 +251,7 @@ LOOP: Mapping[str, Callable[[Trial], Any]] = {
     "groups": _groups,
     "add_group": _add_group,
     "resume": _resume,
+    "copy": _copy,
     "closure": _closure,
     "zero_lr": _zero_lr,
     "schedule": _schedule,

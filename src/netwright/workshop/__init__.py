@@ -1,5 +1,6 @@
 """The main job: a task and a target in, a Pareto front and a better model out."""
 
+from netwright.workshop.asking import make_job, usual_place
 from netwright.workshop.dry import dry_run
 from netwright.workshop.engine import Engine
 from netwright.workshop.evaluation import Measuring
@@ -25,6 +26,7 @@ __all__ = [
     "Step",
     "change_recipe",
     "dry_run",
+    "make_job",
     "parse_budget",
     "parse_keep",
     "parse_steps",
@@ -33,4 +35,5 @@ __all__ = [
     "run_job",
     "train",
     "training_entries",
+    "usual_place",
 ]

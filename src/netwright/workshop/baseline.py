@@ -29,6 +29,7 @@ from netwright.workshop.quiet import QuietRoom
 __all__ = ["Baseline", "make_baseline", "make_teacher", "plain"]
 
 _WEIGHTS, _MODEL, _RECORD = "baseline.safetensors", "baseline.onnx", "baseline.json"
+_TRAINED = "baseline-training.json"  # there from the end of the training to that of the measurements
 _TIMED_ITEMS = 128
 _REMEMBERED = 16_000_000  # elements of the teacher's outputs
 
@@ -58,7 +59,7 @@ def make_baseline(
 ) -> Baseline:
     """Train (or take), export, score and measure the baseline; or read what an earlier call left in ``run``.
 
-    Training that was interrupted goes on from its checkpoint.
+    Training that was interrupted goes on from its checkpoint; once it has ended it is not repeated.
     """
     seed, measuring = job.seed, job.measuring
     model = copy.deepcopy(task.build(seed))  # a module that came trained stays the user's own
@@ -77,8 +78,8 @@ def make_baseline(
             "point": Point((), val, cost).to_dict(),
             "history": history,
         }
-        run.save(_WEIGHTS, lambda path: save_weights(model, path))
         run.write(_RECORD, record)
+        (run.path / _TRAINED).unlink(missing_ok=True)
     record = run.read(_RECORD, "point", "history")
     load_weights(model, run.path / _WEIGHTS)
     return Baseline(
@@ -93,12 +94,19 @@ def make_baseline(
 def _train(
     run: RunDirectory, model: nn.Module, task: Task, recipe: Recipe, seed: int, progress: Progress
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    if task.trained:
-        return model, []
+    """The trained model, its weights on disk before anything else is done with it."""
+    if run.has(_TRAINED):
+        load_weights(model, run.path / _WEIGHTS)
+        return model, list(run.read(_TRAINED, "history")["history"])
     checkpoint = run.path / "baseline.checkpoint"
-    result = fit(model, task, recipe, seed=seed, checkpoint=checkpoint, progress=progress)
+    history: list[dict[str, Any]] = []
+    if not task.trained:
+        result = fit(model, task, recipe, seed=seed, checkpoint=checkpoint, progress=progress)
+        model, history = result.model, [plain(record) for record in result.history]
+    run.save(_WEIGHTS, lambda path: save_weights(model, path))
+    run.write(_TRAINED, {"history": history})
     checkpoint.unlink(missing_ok=True)
-    return result.model, [plain(record) for record in result.history]
+    return model, history
 
 
 def plain(record: Record) -> dict[str, Any]:

@@ -90,16 +90,28 @@ def ranking(points: Sequence[Point], baseline: Point, limits: Sequence[Limit], k
     return sorted(points, key=order)
 
 
-def regain(keep: Keep, trained: float) -> float:
-    """How much score a full recovery may give back to a candidate.
+def regain(keep: Keep, trained: float, gains: Sequence[float] = ()) -> float:
+    r"""The most score that a full recovery may give back to a candidate.
 
-    Three times what may be given up, less what it had already.
+    It is three times what may be given up, less what the candidate had already, :math:`D_0`; or more, where full
+    recoveries gave back more, :math:`g_1 \dots g_n`: were gains spread evenly between 0 and :math:`D`, their mean would
+    be :math:`D / 2`, and with :math:`D_0` counting as one of them
+
+    .. math:: D = \max\Big(D_0, \frac{D_0 + 2 \sum_i g_i}{1 + n}\Big).
 
     Args:
         keep: the floor of the score.
         trained: the share of the longest recovery that it had, 0 to 1.
+        gains: what full recoveries gave back.
+
+    Example:
+        >>> from netwright.workshop.target import parse_keep
+        >>> keep = parse_keep("score>=-0.01")
+        >>> round(regain(keep, 0.2), 3), round(regain(keep, 0.2, [0.04]), 3)
+        (0.024, 0.052)
     """
-    return _SLACK * max(abs(keep.change), _LEAST_SLACK) * (1.0 - trained)
+    usual = _SLACK * max(abs(keep.change), _LEAST_SLACK) * (1.0 - trained)
+    return max(usual, (usual + 2 * math.fsum(gains)) / (1 + len(gains)))
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,7 @@ def next_finalist(
     keep: Keep,
     *,
     insure: bool,
+    gains: Sequence[float] = (),
 ) -> Finalist | None:
     """Which candidate deserves a full recovery next.
 
@@ -142,6 +155,7 @@ def next_finalist(
         limits: the targets.
         keep: the floor of the score.
         insure: whether to name one even where none promises a gain.
+        gains: what full recoveries gave back so far.
     """
     if not waiting:
         return None
@@ -155,7 +169,7 @@ def next_finalist(
         return shortfall(point, baseline, keep) + reserve
 
     def chance(one: Finalist) -> float:
-        lacking, room = lacks(one.point), regain(keep, one.trained)
+        lacking, room = lacks(one.point), regain(keep, one.trained, gains)
         return 1.0 if lacking <= 0 else max(0.0, 1.0 - lacking / room) if room > 0 else 0.0
 
     def order(one: Finalist) -> tuple[float, ...]:

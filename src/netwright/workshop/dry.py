@@ -5,6 +5,7 @@ from netwright.core.graph.macs import count_parameters, total_macs
 from netwright.core.recipe import Recipe
 from netwright.core.rundir import RunDirectory
 from netwright.workshop.job import Job
+from netwright.workshop.pace import check_pace
 from netwright.workshop.plan import default_workers, prunable, space_of
 from netwright.workshop.run import prepare
 from netwright.workshop.space import STEPS, Droppable, weight_bits
@@ -37,10 +38,13 @@ def dry_run(job: Job, *, resume: bool = False) -> list[str]:
         branches=tuple(map(Droppable, branches)),
         codebooks="codebooks" in steps and sized,
         widths=bits,
+        gradients=task.loss is not None,
     )
     recipe = task.recipe or Recipe()
     heads = sum(group.kind == "heads" for group in graph.groups)
+    seconds = None if resume else check_pace(task, job.budget, job.seed)
     training = "comes trained" if task.trained else f"is trained for {recipe.epochs:g} epochs"
+    training += "" if seconds is None else f", about {seconds:.0f} s"
     return [
         f"Task {job.name}: {len(task.data.train)} training, {len(task.data.val)} validation, "
         f"{len(task.data.test)} test items.",

@@ -5,10 +5,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from netwright.core.rundir import RunDirectory
 from netwright.workshop.choice import Finalist, next_finalist
 from netwright.workshop.engine import Engine
 from netwright.workshop.evaluation import Outcome, Request
 from netwright.workshop.job import Job
+from netwright.workshop.kept import keep_outcome, kept_outcomes
 from netwright.workshop.plan import Plan
 from netwright.workshop.point import Point
 from netwright.workshop.study import Entry, Study
@@ -29,12 +31,14 @@ class Finals:
     """Full recovery of the most promising candidates (see :func:`netwright.workshop.choice.next_finalist`).
 
     Args:
+        run_directory: where what is recovered lies, until the run has a result.
         job: what is asked for.
         baseline: the reference of every ratio.
         study: every evaluation.
         plan: how long a brief recovery takes, and how much time is kept for full ones.
     """
 
+    run_directory: RunDirectory
     job: Job
     baseline: Point
     study: Study
@@ -54,23 +58,25 @@ class Finals:
     def run(self, engine: Engine, clock: Callable[[], float], tell: Callable[[str], None]) -> list[Outcome]:
         """Recover those who promise most, and further ones while the time allows.
 
+        Each is on disk when it is done, and what an earlier stretch of the run recovered is not recovered again.
+
         Args:
             engine: with all its workers free.
             clock: seconds of the run so far.
             tell: told how far it is.
         """
+        outcomes = kept_outcomes(self.run_directory)
+        begun = [outcome.request.number for outcome in outcomes]
         count = len(self._lineup(engine.workers))
-        seconds, overhead = self._shares(-(-count // engine.workers), clock())
-        begun: list[int] = []
+        seconds, overhead = self._shares(max(1, -(-(count - len(begun)) // engine.workers)), clock())
         flying: dict[int, Point] = {}
-        outcomes: list[Outcome] = []
         while True:
             while len(flying) < engine.workers:
                 longest = max((outcome.seconds for outcome in outcomes), default=seconds + overhead)
                 if len(begun) >= count and clock() + longest > self.job.budget - CLOSING:
                     break
                 done = [outcome.point for outcome in outcomes if outcome.point is not None]
-                entry = self._next(begun, [*flying.values(), *done], engine.workers)
+                entry = self._next(begun, [*flying.values(), *done], engine.workers, self._gains(outcomes))
                 if entry is None or entry.point is None:
                     break
                 begun.append(entry.number)
@@ -88,6 +94,7 @@ class Finals:
                 return outcomes
             for outcome in engine.wait(_TICK):
                 del flying[outcome.request.number]
+                keep_outcome(self.run_directory, outcome)
                 outcomes.append(outcome)
             tell(f"full recovery of the most promising, {len(outcomes)} of {max(count, len(begun))} done")
 
@@ -110,7 +117,16 @@ class Finals:
             found.append(entry)
         return found
 
-    def _next(self, begun: Sequence[int], standing: Sequence[Point], workers: int) -> Entry | None:
+    def _gains(self, outcomes: Sequence[Outcome]) -> list[float]:
+        """How much score the full recoveries gave back."""
+        briefly = {entry.number: entry.point.val for entry in self.study.entries if entry.point is not None}
+        return [
+            outcome.point.val - briefly[outcome.request.number] for outcome in outcomes if outcome.point is not None
+        ]
+
+    def _next(
+        self, begun: Sequence[int], standing: Sequence[Point], workers: int, gains: Sequence[float] = ()
+    ) -> Entry | None:
         """Who follows; in the first round one for each worker, for it costs no time."""
         waiting = {
             id(entry.point): (entry, Finalist(entry.point, self.study.trained(entry)))
@@ -119,5 +135,7 @@ class Finals:
         }
         candidates = [one for _, one in waiting.values()]
         insure = len(begun) < workers
-        found = next_finalist(candidates, standing, self.baseline, self.job.limits, self.job.keep, insure=insure)
+        found = next_finalist(
+            candidates, standing, self.baseline, self.job.limits, self.job.keep, insure=insure, gains=gains
+        )
         return None if found is None else waiting[id(found.point)][0]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from netwright.core.artifact import save_program, save_weights
 from netwright.core.cost import Ratio, compare_onnx
+from netwright.core.errors import TaskError
 from netwright.core.evaluate import evaluate, paired_interval, predict, score_interval, score_outputs
 from netwright.core.machine import machine
 from netwright.core.onnx_module import OnnxModule
@@ -17,7 +19,7 @@ from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.version import __version__
 from netwright.workshop.baseline import Baseline, plain
-from netwright.workshop.choice import excess, front_of, front_volume, ranking, shortfall
+from netwright.workshop.choice import front_of, front_volume, ranking
 from netwright.workshop.evaluation import Outcome, is_low_precision, rebuild, structure
 from netwright.workshop.job import Job
 from netwright.workshop.layers import layer_table
@@ -26,6 +28,7 @@ from netwright.workshop.point import Point, Step, ratios
 from netwright.workshop.quiet import QuietRoom
 from netwright.workshop.study import Study
 from netwright.workshop.target import METRICS
+from netwright.workshop.verdict import nothing_better, verdict
 
 __all__ = ["RESULT", "Findings", "State", "conclude", "write_unbegun"]
 
@@ -62,7 +65,8 @@ class Findings:
     def write(self, state: "State", elapsed: float) -> dict[str, Any]:
         """Write ``result.json`` and return what it says."""
         base = replace(self.baseline.point, test=state.baseline_test, test_ci95=state.baseline_ci95)
-        everything = [self.baseline.point, *self.points(), *([state.chosen] if state.chosen else [])]
+        chosen = () if state.chosen is None else (state.chosen,)
+        everything = [self.baseline.point, *self.points(), *state.recovered, *chosen]
         floor = base.val + _FLOOR_DEPTH * min(self.job.keep.change, -1e-3)
         content = {
             **_heading(self.job, state.status, state.explanation),
@@ -130,6 +134,7 @@ class State:
         chosen: the point handed back.
         ratio: its latency against the baseline's, measured in one process.
         drop: change of the test score and its interval.
+        recovered: every candidate that was recovered in full.
         baseline_test: the baseline's score on the test split.
         baseline_ci95: its interval.
     """
@@ -139,6 +144,7 @@ class State:
     chosen: Point | None = None
     ratio: Ratio | None = None
     drop: dict[str, Any] | None = None
+    recovered: tuple[Point, ...] = ()
     baseline_test: float | None = None
     baseline_ci95: tuple[float, float] | None = None
 
@@ -156,16 +162,32 @@ def conclude(
     """
     base, job = findings.baseline.point, findings.job
 
-    def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Those that cost less than the baseline, in the order in which they would be handed back."""
+    def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:  # what costs less than the baseline, the best first
         by_point = {id(outcome.point): outcome for outcome in outcomes}
         points = [outcome.point for outcome in outcomes if outcome.point is not None]
         better = [p for p in points if all(ratios(p, base)[limit.metric] < 1 for limit in job.limits)]
         return [by_point[id(point)] for point in ranking(better, base, job.limits, job.keep)]
 
-    chosen = next(iter(ranked([_paired(findings, outcome) for outcome in ranked(finals)[:_PAIRED]])), None)
+    paired = [_paired(findings, outcome) for outcome in ranked(finals)[:_PAIRED]]
+    at_length = {outcome.request.number: outcome for outcome in paired}
+    measured = [at_length.get(outcome.request.number, outcome) for outcome in finals]
+    chosen = next(iter(ranked(paired)), None)
     _write_artifacts(findings, chosen, recipe)
-    return findings.write(_judge(findings, chosen), clock())
+    findings.run.write("finals.json", list(map(_told, measured)))
+    errors = [outcome.error for outcome in finals if outcome.point is None]
+    state = _judge(findings, chosen, errors[0] if errors and len(errors) == len(finals) else None)
+    others = tuple(one.point for one in measured if one.point is not None and one is not chosen)
+    return findings.write(replace(state, recovered=others), clock())
+
+
+def _told(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "trial": outcome.request.number,
+        "point": None if outcome.point is None else outcome.point.to_dict(),
+        "error": outcome.error,
+        "seconds": outcome.seconds,
+        "epochs": outcome.epochs,
+    }
 
 
 def _paired(findings: Findings, outcome: Outcome) -> Outcome:
@@ -199,22 +221,33 @@ def _test(task: Task, model: nn.Module) -> _Tested:
     if task.evaluate is not None:
         return _Tested(evaluate(model, task, "test"), None, None, None)
     outputs, targets = predict(model, task, "test")
-    return _Tested(score_outputs(task, outputs, targets), score_interval(task, outputs, targets), outputs, targets)
+    interval = None
+    with suppress(TaskError):  # a score that most draws of the items leave undefined has none
+        interval = score_interval(task, outputs, targets)
+    return _Tested(score_outputs(task, outputs, targets), interval, outputs, targets)
 
 
-def _judge(findings: Findings, chosen: Outcome | None) -> State:
+def _judge(findings: Findings, chosen: Outcome | None, stopped: str | None) -> State:
+    """How the run ended.
+
+    Args:
+        findings: all that was found.
+        chosen: what is handed back, None for the baseline.
+        stopped: why every full recovery failed, None where one did not.
+    """
     task, run = findings.task, findings.run
     before = _test(task, OnnxModule(run.path / "baseline.onnx", default_workers()))
     if chosen is None or chosen.point is None:
-        sentence = "No candidate was better than the baseline in every targeted metric, so the baseline is handed back."
+        sentence = nothing_better(findings.study, stopped)
         return State("not_met", sentence, baseline_test=before.score, baseline_ci95=before.interval)
     after = _test(task, OnnxModule(run.path / "model.onnx", default_workers()))
     change = after.score - before.score
     interval = None
     if before.targets is not None:
-        interval = list(paired_interval(task, before.outputs, after.outputs, before.targets))
+        with suppress(TaskError):
+            interval = list(paired_interval(task, before.outputs, after.outputs, before.targets))
     point = replace(chosen.point, test=after.score, test_ci95=after.interval)
-    met, sentence = _verdict(findings, point, change)
+    met, sentence = verdict(findings.job, findings.baseline.point, point, change)
     return State(
         status="met" if met else "not_met",
         explanation=sentence,
@@ -224,27 +257,6 @@ def _judge(findings: Findings, chosen: Outcome | None) -> State:
         baseline_test=before.score,
         baseline_ci95=before.interval,
     )
-
-
-def _verdict(findings: Findings, point: Point, change: float) -> tuple[bool, str]:
-    base = findings.baseline.point
-    shares = ratios(point, base)
-    reached = ", ".join(f"{limit.metric} {shares[limit.metric]:.3g}x" for limit in findings.job.limits)
-    scored = f"test score {point.test:.4g} ({change:+.4g} against the baseline)"
-    asked = ", ".join(f"{limit.metric}{limit.text}" for limit in findings.job.limits)
-    if excess(point, base, findings.job.limits) > 1:
-        return False, f"The target {asked} was not reached within the budget: the best found has {reached} at {scored}."
-    if shortfall(point, base, findings.job.keep) > 0:
-        return (
-            False,
-            f"{asked} was reached, but not with score{findings.job.keep.text} on validation: {reached} at {scored}.",
-        )
-    if change < findings.job.keep.change - 1e-9:
-        return False, (
-            f"{asked} was reached with the score kept on validation, but the test split, read once at the end, lost "
-            f"more than score{findings.job.keep.text} allows: {reached} at {scored}."
-        )
-    return True, f"The target was met: {reached} at {scored}."
 
 
 def _write_artifacts(findings: Findings, chosen: Outcome | None, recipe: Recipe) -> None:
@@ -263,6 +275,7 @@ def _write_artifacts(findings: Findings, chosen: Outcome | None, recipe: Recipe)
             "schema": 1,
             "netwright": __version__,
             "task": findings.job.name,
+            "given": isinstance(findings.job.task, Task),
             "seed": findings.job.seed,
             "training": json.loads(recipe.to_json()),
             "steps": [{"method": step.method, "settings": dict(step.settings)} for step in steps],

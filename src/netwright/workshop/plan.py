@@ -69,10 +69,11 @@ def space_of(
     branches: tuple[Droppable, ...],
     codebooks: bool,
     widths: tuple[int, ...],
+    gradients: bool,
 ) -> Space:
     """The space of a network; of attention heads any number may be kept."""
     heads = frozenset(group.name for group in graph.groups if group.kind == "heads")
-    return Space(prunable(graph) if "prune" in steps else (), int8, branches, codebooks, widths, heads)
+    return Space(prunable(graph) if "prune" in steps else (), int8, branches, codebooks, widths, heads, gradients)
 
 
 def make_plan(
@@ -123,6 +124,7 @@ def make_plan(
             branches=tuple(Droppable(each["name"], tuple(each["groups"])) for each in record.get("branches", ())),
             codebooks=record.get("codebooks", False),
             widths=tuple(record.get("widths", [8])),
+            gradients=task.loss is not None,
         ),
         workers=job.workers or record["workers"],
         started=record["started"],

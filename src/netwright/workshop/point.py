@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from netwright.core.cost import Cost, Ratio
+from netwright.core.errors import TransformError
 from netwright.core.recipe import resolve
 from netwright.core.transform import Transform
 from netwright.workshop.target import METRICS, metric_of
@@ -26,9 +27,16 @@ class Step:
     settings: Mapping[str, Any]
 
     def build(self) -> Transform:
-        """The transform itself."""
-        made = resolve(self.method)(**self.settings)
-        assert isinstance(made, Transform)
+        """The transform itself.
+
+        Raises:
+            TransformError: a name that leads to anything else, which is not called then.
+        """
+        kind: Any = resolve(self.method)
+        called = any("__call__" in vars(base) for base in kind.__mro__) if isinstance(kind, type) else False
+        if not (called and hasattr(kind, "__dataclass_fields__")):
+            raise TransformError(f"{self.method} is not a transform: a class whose objects take a model and a task.")
+        made: Transform = kind(**self.settings)
         return made
 
 

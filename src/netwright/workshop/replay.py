@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from netwright.core.artifact import save_program, save_weights
-from netwright.core.errors import CorruptRunError, NetwrightError
+from netwright.core.errors import CorruptRunError, NetwrightError, TaskError
 from netwright.core.fit import fit
 from netwright.core.onnx_export import export_onnx
 from netwright.core.recipe import Recipe
 from netwright.core.rundir import RunDirectory, read_json
-from netwright.core.task import load_task
+from netwright.core.task import Task, load_task
 from netwright.core.transform import Progress
 from netwright.workshop.baseline import make_teacher
 from netwright.workshop.evaluation import Evaluator, Measuring, Request, Subject, rebuild
@@ -24,7 +24,9 @@ __all__ = ["replay"]
 _FIELDS = ("task", "seed", "training", "steps", "recovery", "imitates")
 
 
-def replay(recipe: Path, out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+def replay(
+    recipe: Path, out: Path, *, task: Task | str | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
     """Train, compress and recover as ``recipe`` says, and write the model files to ``out``.
 
     On the machine, the library versions and the number of threads of the run, the model is the same to rounding;
@@ -33,6 +35,8 @@ def replay(recipe: Path, out: Path, *, progress: Progress | None = None) -> dict
     Args:
         recipe: the ``recipe.json`` of a finished run.
         out: a new or empty folder.
+        task: the task of the run, or its name; by default the name in the recipe. A run of a ``Task`` that was given
+            from Python needs it.
         progress: told the finished fraction and what is going on.
 
     Returns:
@@ -41,16 +45,23 @@ def replay(recipe: Path, out: Path, *, progress: Progress | None = None) -> dict
     Raises:
         CorruptRunError: a file that is not such a recipe.
         RunDirectoryError: a folder that cannot be used.
+        TaskError: a recipe of a task that has to be given.
         NetwrightError: a recipe whose candidate fails here, with its reason.
     """
     settings = read_json(recipe)
     missing = [name for name in _FIELDS if not isinstance(settings, dict) or name not in settings]
     if missing:
         raise CorruptRunError(f"{recipe} is no recipe of a run: it lacks {', '.join(missing)}.")
+    if task is None and settings.get("given", False):
+        raise TaskError(
+            f"The run of {recipe} was of the Task {settings['task']!r}, given from Python. Give it again: task=... of "
+            "replay, or --task file.py:name."
+        )
     tell = progress or (lambda fraction, what: None)
     run = RunDirectory(out)
     run.check_new()
-    task = load_task(settings["task"])
+    wanted = settings["task"] if task is None else task
+    task = load_task(wanted) if isinstance(wanted, str) else wanted
     training = Recipe.from_json(json.dumps(settings["training"]))
     model = task.build(settings["seed"])
     with run.create({"schema": 1, "replay_of": settings}):

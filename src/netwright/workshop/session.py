@@ -19,6 +19,7 @@ from netwright.workshop.evaluation import Request, Subject, most_epochs
 from netwright.workshop.finals import CLOSING, Finals
 from netwright.workshop.finish import Findings, conclude, write_unbegun
 from netwright.workshop.job import Job
+from netwright.workshop.kept import forget_outcomes
 from netwright.workshop.local import LocalEngine
 from netwright.workshop.plan import Plan, make_plan
 from netwright.workshop.point import ratios
@@ -100,7 +101,7 @@ class Session:
         self._mark("plan")
         engine = make_engine(self.job.engine, self._subject(baseline), plan.workers)
         try:
-            finals = Finals(self.job, baseline.point, study, plan)
+            finals = Finals(self.run, self.job, baseline.point, study, plan)
             self._search(engine, study, plan, finals, self._findings)
             self._mark("search")
             outcomes = finals.run(engine, self.elapsed, self._tell)
@@ -110,6 +111,7 @@ class Session:
         self._tell("measuring and testing the chosen model")
         self._save_clock()
         result = conclude(self._findings, outcomes, self._recipe, self.elapsed)
+        forget_outcomes(self.run)
         self._mark("closing")
         busy = math.fsum(entry.seconds for entry in study.entries) + math.fsum(outcome.seconds for outcome in outcomes)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -137,7 +139,7 @@ class Session:
         )
 
     def _search(self, engine: Engine, study: Study, plan: Plan, finals: Finals, findings: Findings) -> None:
-        """Propose and evaluate until the time for it ends or nothing new is found."""
+        """Propose and evaluate until the time for it ends, nothing new is found, or everything fails."""
         flying: dict[int, Proposal] = {}
         spent = [entry.seconds for entry in study.entries]
         exhausted = False
@@ -169,6 +171,7 @@ class Session:
                 spent.append(outcome.seconds)
                 self._save_clock()
                 findings.write_interrupted(self.elapsed())
+            exhausted = exhausted or study.hopeless(engine.workers)
             self._tell(self._headline(study))
 
     def _may_start(self, study: Study, plan: Plan, finals: Finals, flying: int, usual: float) -> bool:

@@ -61,6 +61,7 @@ class Space:
         codebooks: whether weights may become indices into codebooks, which saves size only.
         widths: bits of the weights that integers may be tried with; fewer than 8 save size only.
         free: groups of which any number may be kept, as of attention heads.
+        gradients: whether units may be ranked by a loss's gradients, which a task that trains by its own fit may lack.
         thinnest: largest ``thin``; 20 keeps one unit of 32.
 
     Example:
@@ -77,6 +78,7 @@ class Space:
     codebooks: bool = False
     widths: tuple[int, ...] = (8,)
     free: frozenset[str] = frozenset()
+    gradients: bool = True
     thinnest: int = 20
 
     def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
@@ -84,7 +86,8 @@ class Space:
         found: dict[str, optuna.distributions.BaseDistribution] = {}
         if self.groups:
             found["thin"] = optuna.distributions.IntDistribution(0, self.thinnest)
-            found["saliency"] = optuna.distributions.CategoricalDistribution(["magnitude", "taylor"])
+            if self.gradients:
+                found["saliency"] = optuna.distributions.CategoricalDistribution(["magnitude", "taylor"])
             for name, _ in self.groups:
                 found[f"offset/{name}"] = optuna.distributions.FloatDistribution(-_SPREAD, _SPREAD, step=_LEVEL)
         if self.branches:
@@ -147,7 +150,8 @@ class Space:
             return forms[:-1] if len(forms) > 1 else forms
         neutral: dict[str, Any] = {}
         if self.groups:
-            neutral = {"saliency": "magnitude", **{f"offset/{name}": 0.0 for name, _ in self.groups}}
+            ranked = {"saliency": "magnitude"} if self.gradients else {}
+            neutral = {**ranked, **{f"offset/{name}": 0.0 for name, _ in self.groups}}
         rungs: list[dict[str, Any]] = []
         for level, depth in _LADDER:
             rung = {"thin": level} if self.groups else {}
@@ -177,7 +181,8 @@ class Space:
 
     def size(self) -> float:
         """Base-10 logarithm of the number of different proposals, ratios counted in whole units."""
-        count = sum(math.log10(max(size, 1)) for _, size in self.groups) + (math.log10(2) if self.groups else 0.0)
+        count = sum(math.log10(max(size, 1)) for _, size in self.groups)
+        count += math.log10(2) if self.groups and self.gradients else 0.0
         return count + math.log10(len(self.branches) + 1) + math.log10(len(self.forms()) + self.codebooks)
 
 
@@ -197,7 +202,9 @@ def _whole(wanted: float, size: int) -> int:
 
 
 def _blocks(wanted: float, size: int) -> int:
-    """The nearest number of units that fills blocks, half a block being the smallest."""
+    """The nearest number of units that fills blocks, half a block being the smallest; all where all are wanted."""
+    if wanted >= size:
+        return size
     for block in (_BLOCK, _BLOCK // 2):
         if size >= 2 * _BLOCK and wanted >= 0.75 * block:
             return min(size, block * round(wanted / block))

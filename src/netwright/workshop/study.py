@@ -6,6 +6,7 @@ whenever a run resumes, so that a study left torn by a crash can lose nothing.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ _POPULATION = 16
 _START, _BATCH = 12, 4  # evaluations before the first predictors, and between two fits of them
 _FLOOR = "score"  # name of the constraint: how far the score lies below what can be worth a full recovery
 _HOPED = 0.5  # of what such a recovery may give back
+_HOPELESS = 8  # failures without one success, after which a run ends
 _TINY = 1e-12  # the least share of a cost
 _TRIES = 3  # proposals of the sampler that only repeat what is known before it is helped
 _RANDOM = 200  # random ones that do so before the space counts as used up
@@ -52,6 +54,7 @@ class Entry:
     epochs: float
     seed: int
     seconds: float
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,15 @@ class Study:
             self._study.tell(proposal.trial, self._values(entry.point))
         return entry
 
+    def hopeless(self, workers: int) -> bool:
+        """Whether so many candidates failed, and none else, that the rest would too."""
+        return self.failed == len(self.entries) >= max(_HOPELESS, 2 * workers)
+
+    def cause(self) -> str:
+        """Why most of those failed that did; empty where none did."""
+        counts = Counter(entry.error or "" for entry in self.entries if entry.point is None)
+        return counts.most_common(1)[0][0] if counts else ""
+
     def _sampler(self, name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
         if name == "nsga2":
             return optuna.samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
@@ -247,4 +259,4 @@ def _entries(path: Path, lines: Sequence[Mapping[str, Any]]) -> list[Entry]:
 
 def _entry(line: Mapping[str, Any]) -> Entry:
     point = None if line["point"] is None else Point.from_dict(line["point"])
-    return Entry(line["trial"], point, line["params"], line["epochs"], line["seed"], line["seconds"])
+    return Entry(line["trial"], point, line["params"], line["epochs"], line["seed"], line["seconds"], line["error"])

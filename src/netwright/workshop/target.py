@@ -96,8 +96,11 @@ def parse_targets(texts: Sequence[str]) -> tuple[Limit, ...]:
 def parse_keep(text: str) -> Keep:
     """The floor of the score from a text such as ``score>=-0.01``.
 
+    It is a change against the baseline's score: a loss is written ``-0.01``, a gain ``+0.01``.
+
     Raises:
-        TargetError: a text that does not parse, or that speaks of something else than the score.
+        TargetError: a text that does not parse, that speaks of something else than the score, or that reads as a score
+            rather than as a change of it.
 
     Example:
         >>> parse_keep("score>=-0.01").change
@@ -113,7 +116,12 @@ def parse_keep(text: str) -> Keep:
             f"--keep takes points of the score without a unit, got {unit!r} in {text!r}. One point of accuracy is "
             "score>=-0.01."
         )
-    return Keep(value, f">={value:g}")
+    if value > 0 and "+" not in text:
+        raise TargetError(
+            f"--keep is a change against the baseline's score, so {text!r} asks for a gain of {value:g}. Write "
+            f"score>=-0.01 for at most 0.01 below it; if a gain is meant, score>=+{value:g}."
+        )
+    return Keep(value, f">={value:+g}" if value > 0 else f">={value:g}")
 
 
 def parse_budget(text: str) -> float:
@@ -152,6 +160,8 @@ def _limit(text: str) -> Limit:
         raise TargetError(
             f"Unknown unit {unit!r} for {metric} in {text!r}. Known are {', '.join(known)} (x is the baseline)."
         )
+    if "B" not in _UNITS[metric] and metric != "latency" and value * _UNITS[metric][unit] < 1:
+        raise TargetError(f"{text!r} asks for less than one. For a share of the baseline's {metric} write {written}x.")
     return Limit(metric, value * _UNITS[metric][unit], False, written)
 
 

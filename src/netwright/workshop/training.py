@@ -1,10 +1,12 @@
 """Trains a task by several recipes and tells which is best: what ``netwright train`` does."""
 
+import copy
 import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import nn
 from netwright.core.artifact import load_weights, save_weights
 from netwright.core.check import check_task
 from netwright.core.console import ConsoleProgress
-from netwright.core.errors import NonFiniteLossError, RecipeError, RunDirectoryError
+from netwright.core.errors import NonFiniteLossError, RecipeError, RunDirectoryError, TaskError
 from netwright.core.evaluate import evaluate, predict, score_interval, score_outputs
 from netwright.core.fit import fit
 from netwright.core.loop import FitResult, Loop
@@ -102,11 +104,11 @@ def _check_recipe(task: Task, recipe: Recipe) -> None:
     """Construct everything that the recipe names, on a model that is thrown away."""
     if task.fit is None:
         with isolated(0):
-            Loop(task.build(0), task, recipe, 0, None, torch.device("cpu"), False, (), [])
+            Loop(copy.deepcopy(task.build(0)), task, recipe, 0, None, torch.device("cpu"), False, (), [])
 
 
 def _one(task: Task, entry: Entry, number: int, run: RunDirectory, seed: int, label: str | None) -> dict[str, Any]:
-    model = task.build(seed)
+    model = copy.deepcopy(task.build(seed))  # a module that the task was given stays the user's own
     head = {"entry": number, "name": entry.name, "recipe": json.loads(entry.recipe.to_json())}
     checkpoint = run.path / f"checkpoint-{number}.pt"
 
@@ -181,12 +183,14 @@ def _test(task: Task, run: RunDirectory, number: int, seed: int) -> dict[str, An
     if task.evaluate is not None or task.score is None:
         return {"score": evaluate(model, task, "test"), "ci95": None}
     outputs, targets = predict(model, task, "test")
-    low, high = score_interval(task, outputs, targets)
-    return {"score": score_outputs(task, outputs, targets), "ci95": [low, high]}
+    interval = None
+    with suppress(TaskError):  # a score that most draws of the items leave undefined has none
+        interval = list(score_interval(task, outputs, targets))
+    return {"score": score_outputs(task, outputs, targets), "ci95": interval}
 
 
 def _trained(task: Task, run: RunDirectory, number: int, seed: int) -> nn.Module:
-    model = task.build(seed)
+    model = copy.deepcopy(task.build(seed))
     load_weights(model, run.path / _weights(number))
     return model.eval()
 

@@ -135,7 +135,10 @@ def _changed(recipe: Recipe, key: str, text: str) -> Recipe:
         near = difflib.get_close_matches(key, ("lr", *_FIELDS), n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Known are lr, {', '.join(_FIELDS)}."
         raise RecipeError(f"A recipe has no setting {key!r}. {hint}")
-    return recipe.replace(**{key: _value(text)})
+    value = _value(text)
+    if key == "epochs" and isinstance(value, int | float) and not isinstance(value, bool):
+        return recipe.lasting(value)
+    return recipe.replace(**{key: value})
 
 
 def _with_lr(recipe: Recipe, lr: float) -> Recipe:

@@ -1,0 +1,75 @@
+"""Full recoveries on disk: what a run that is interrupted among them need not do again."""
+
+import math
+from typing import Any
+
+from netwright.core.loop import Record
+from netwright.core.rundir import RunDirectory
+from netwright.workshop.baseline import plain
+from netwright.workshop.evaluation import Outcome, Request
+from netwright.workshop.point import Point, Step
+
+__all__ = ["forget_outcomes", "keep_outcome", "kept_outcomes"]
+
+_PREFIX = "final-"
+
+
+def keep_outcome(run: RunDirectory, outcome: Outcome) -> None:
+    """Write a delivered outcome. It counts once its JSON file is there, which comes last."""
+    request = outcome.request
+    name = f"{_PREFIX}{request.number:05d}"
+    if outcome.point is not None:
+        run.save(f"{name}.onnx", lambda path: path.write_bytes(outcome.artifact))
+        run.save(f"{name}.safetensors", lambda path: path.write_bytes(outcome.weights))
+    run.write(
+        f"{name}.json",
+        {
+            "trial": request.number,
+            "training_s": request.seconds,
+            "seed": request.seed,
+            "steps": [{"method": step.method, "settings": dict(step.settings)} for step in request.steps],
+            "point": None if outcome.point is None else outcome.point.to_dict(),
+            "error": outcome.error,
+            "seconds": outcome.seconds,
+            "epochs": outcome.epochs,
+            "history": [plain(record) for record in outcome.history],
+        },
+    )
+
+
+def kept_outcomes(run: RunDirectory) -> list[Outcome]:
+    """The outcomes that :func:`keep_outcome` wrote into ``run``.
+
+    Raises:
+        CorruptRunError: a file that was edited or damaged.
+    """
+    return [_read(run, path.stem) for path in sorted(run.path.glob(f"{_PREFIX}*.json"))]
+
+
+def forget_outcomes(run: RunDirectory) -> None:
+    """Take the files away, once the result of the run is written."""
+    for path in run.path.glob(f"{_PREFIX}*"):
+        path.unlink(missing_ok=True)
+
+
+def _read(run: RunDirectory, name: str) -> Outcome:
+    fields = ("trial", "training_s", "seed", "steps", "point", "error", "seconds", "epochs", "history")
+    content: dict[str, Any] = run.read(f"{name}.json", *fields)
+    steps = tuple(Step(step["method"], step["settings"]) for step in content["steps"])
+    whole = content["point"] is not None
+    return Outcome(
+        request=Request(content["trial"], steps, content["training_s"], content["seed"], deliver=True),
+        point=Point.from_dict(content["point"]) if whole else None,
+        error=content["error"],
+        seconds=content["seconds"],
+        epochs=content["epochs"],
+        artifact=(run.path / f"{name}.onnx").read_bytes() if whole else b"",
+        history=tuple(map(_record, content["history"])),
+        weights=(run.path / f"{name}.safetensors").read_bytes() if whole else b"",
+    )
+
+
+def _record(values: dict[str, Any]) -> Record:
+    """A point on the curve; the loss of a task that trains by its own fit is not a number, which JSON cannot say."""
+    known = {name: math.nan if values[name] is None else values[name] for name in ("train_loss", "lr")}
+    return Record(**{**values, **known})
