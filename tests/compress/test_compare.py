@@ -169,3 +169,11 @@ def test_refused(methods, more, said) -> None:
 def test_resume_needs_a_folder() -> None:
     with pytest.raises(RunDirectoryError, match="give out="):
         run({"a": Thin()}, resume=True)
+
+
+def test_zeros_are_held_where_the_recipe_has_a_parameterization() -> None:
+    given = task()
+    recipe = given.recipe.replace(parameterization="netwright.param:geometric_parameterization")
+    found = compare(dataclasses.replace(given, recipe=recipe), {"thin": Thin()}, epochs=1, seconds=0.05, console=False)
+    assert found.rows[0].error is None
+    assert found.rows[0].zeros == pytest.approx(0.9, abs=0.02)

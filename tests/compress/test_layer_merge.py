@@ -5,6 +5,8 @@ import dataclasses
 import math
 import random
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from netwright.compress._merge_chains import find_chains
 from netwright.compress._merge_convolutions import Kernel, add, compose, identity
 from netwright.compress._merge_plan import Entry, best_path, choices, least, merge_all
 from netwright.compress._merge_segment import Segment
-from netwright.compress._merge_tables import choice_costs, importance, with_choices
+from netwright.compress._merge_tables import _graph, _stages, choice_costs, importance, with_choices
 from netwright.compress.layer_merge import LayerMerge
 from netwright.compress.quantize import trace
 from netwright.core.data import Data
@@ -323,3 +325,51 @@ def test_tasks_that_train_by_themselves_or_have_no_loss():
         LayerMerge(0.8, cost="macs", items=16)(task.model, own)
     with pytest.raises(TransformError, match="needs the gradients of a loss"):
         LayerMerge()(task.model, dataclasses.replace(own, loss=None))
+
+
+# ---------------------------------------------------------------- dilation
+
+
+class Dilated(nn.Module):
+    """Kernels with gaps, one of them on a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=(2, 4), dilation=(2, 4)), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU()
+        )
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+        self.skip, self.head = nn.Conv2d(8, 4, 3, padding=3, dilation=3), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        return self.head((self.branch(x) + self.skip(x)).mean((2, 3)))
+
+
+def test_kernels_with_gaps_cost_what_they_compute():
+    torch.manual_seed(0)
+    model = Dilated().eval()
+    task = image_task(model, 12)
+    module = trace(model, task)
+    chains = find_chains(module)
+    found = [each for each in choices(module, chains, 3, "both") if each.original]
+    now = sum(choice_costs(module, chains, found, "macs"))
+    assert now == total_macs(export_model(model, task.example())) - 8
+    stages = [stage for each in found for stage in _stages(module, chains[each.chain], each)]
+    assert [stage.dilation for stage in stages].count((2, 4)) == 1
+    assert [stage.dilation for stage in stages].count((3, 3)) == 1
+    for stage in stages:
+        session = onnxruntime.InferenceSession(_graph(stage).SerializeToString())
+        feeds = {"x": np.zeros((1, *stage.inputs), np.float32)}
+        if stage.sums:
+            feeds["z"] = np.zeros((1, *stage.outputs), np.float32)
+        assert session.run(None, feeds)[0].shape == (1, *stage.outputs)
+
+
+def test_merging_a_kernel_with_gaps_is_seen_to_cost_more():
+    torch.manual_seed(0)
+    module = trace(Dilated().eval(), image_task(Dilated().eval(), 12))
+    chains = find_chains(module)
+    both = [each for each in choices(module, chains, 2, "merge") if (each.start, each.stop) == (0, 2)]
+    [merged] = choice_costs(module, chains, both, "macs")
+    assert merged == 12 * 12 * 8 * 3 * 7 * 11

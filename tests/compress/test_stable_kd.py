@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -170,3 +171,76 @@ def test_what_cannot_be_distilled() -> None:
     with pytest.raises(TransformError, match="They may differ in one dimension"):
         StableKD(HALF, at=(("0", "4"),))(images.build(), images)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Repeated(nn.Module):
+    """Two layers, of which one is called as often as is said, and one gives two tensors."""
+
+    def __init__(self, times: int = 2) -> None:
+        super().__init__()
+        self.first, self.same, self.last = nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)
+        self.pair, self.times = Pair(), times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for _ in range(self.times):
+            x = self.same(x)
+        return self.last(self.pair(x)[0])
+
+
+class Pair(nn.Module):
+    """Gives two tensors."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.relu(), x
+
+
+class Once(Repeated):
+    """Each layer runs once."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+
+class Never(Repeated):
+    """A layer does not run."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+@pytest.mark.parametrize(
+    ("model", "pupil", "at", "said"),
+    [
+        (Repeated, "Once", "same", "the teacher's module 'same' runs 2 times in a pass"),
+        (Once, "Repeated", "same", "the student's module 'same' runs 2 times in a pass"),
+        (Never, "Once", "same", "the teacher's module 'same' runs 0 times in a pass"),
+        (Once, "Once", "pair", "the teacher's module 'pair' gives a tuple"),
+    ],
+)
+def test_cuts_are_where_one_tensor_passes_once(model, pupil, at, said) -> None:
+    found = task(model=model)
+    with pytest.raises(TransformError, match=said):
+        StableKD(f"{__name__}:{pupil}", at=((at, at),))(found.build(seed=0), found, budget=0)
+
+
+def test_what_is_changed_in_place_is_seen_as_it_was() -> None:
+    """Rectifiers that work in place lead to the last bit where others do."""
+    plain, after = (task(model=partial(wide, inplace)).build(seed=0) for inplace in (False, True))
+    for decomposed in (0.0, 1.0):
+        settings = {"at": (("0", "0"),), "decomposed": decomposed, "recomposed": 1.0}
+        one = StableKD(f"{__name__}:narrow", **settings)(plain, task(), seed=2)
+        two = StableKD(f"{__name__}:rectified", **settings)(after, task(), seed=2)
+        assert all(map(torch.equal, one.parameters(), two.parameters()))
+
+
+def wide(inplace: bool) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace), nn.Linear(6, 3))
+
+
+def narrow(inplace: bool = False) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace), nn.Linear(5, 3))
+
+
+def rectified() -> nn.Module:
+    return narrow(inplace=True)

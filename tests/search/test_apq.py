@@ -246,6 +246,7 @@ def test_it_finds_the_front():
         ({"members": 0}, SettingError, "members"),
         ({"start": 1}, SettingError, "start"),
         ({"objective": -1}, SettingError, "objective"),
+        ({"reference": (math.inf,)}, SettingError, "reference must hold finite numbers, got inf"),
     ],
 )
 def test_bad_settings(settings, error, words):

@@ -7,6 +7,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from optuna.distributions import IntDistribution
+from optuna.samplers import RandomSampler
 from torch import nn
 from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
@@ -17,7 +19,7 @@ from netwright.core.data import Data
 from netwright.core.errors import NetwrightError, RunDirectoryError, RunLockedError, SettingError
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
-from netwright.search import explore
+from netwright.search import SearchSpace, explore
 
 OWN = """
 import torch
@@ -68,6 +70,16 @@ def task():
     )
 
 
+def compare_files(found):
+    """Every file of the front computes what its candidate does."""
+    inputs = torch.randn(5, 6)
+    for entry in found.result.front:
+        session = onnxruntime.InferenceSession(found.front[entry.number])
+        [output] = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+        assert np.allclose(output, found.net.extract(entry.params)(inputs).detach().numpy(), atol=1e-4)
+    assert len(set(found.front.values())) == len(found.result.front)
+
+
 def test_from_training_to_files_and_on(tmp_path):
     told = []
     goals = ("score", "macs")
@@ -76,11 +88,8 @@ def test_from_training_to_files_and_on(tmp_path):
     assert len(found.result.evaluations) == 6
     assert [fraction for fraction, _ in told] == sorted(fraction for fraction, _ in told)
     assert told[-1][0] == 1.0
-    inputs = torch.randn(5, 6)
+    compare_files(found)
     for entry in found.result.front:
-        session = onnxruntime.InferenceSession(found.front[entry.number])
-        [output] = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-        assert np.allclose(output, found.net.extract(entry.params)(inputs).detach().numpy(), atol=1e-4)
         assert entry.metrics["macs"] == sum(
             layer.weight.numel() for layer in found.net.extract(entry.params) if isinstance(layer, nn.Linear)
         )
@@ -114,6 +123,58 @@ def test_a_folder_has_one_owner_and_one_task(tmp_path):
         with pytest.raises(RunDirectoryError, match="task='toy', not 'another'"):
             explore(other, objectives=goals, evaluations=4, out=out, resume=True)
     assert len(explore(task(), objectives=goals, evaluations=4, out=out, resume=True).result.evaluations) == 4
+
+
+class Stack:
+    """A super-network of a user's own: the number of layers."""
+
+    space = SearchSpace({"depth": IntDistribution(1, 5)})
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.layers, self.head = [nn.Linear(6, 6) for _ in range(5)], nn.Linear(6, 3)
+
+    def extract(self, params):
+        return nn.Sequential(*self.layers[: params["depth"]], self.head)
+
+
+def test_after_a_resumption_every_file_is_its_candidates(tmp_path):
+    """A sampler that repeats itself uses up numbers of Optuna's, so that later ones begin before the last one."""
+    net, out = Stack(), tmp_path / "run"
+    for evaluations, seed in ((3, 6), (5, 2)):
+        found = explore(
+            task(),
+            net,
+            objectives=("score", "macs"),
+            evaluations=evaluations,
+            sampler=RandomSampler(seed=seed),
+            out=out,
+            resume=out.exists(),
+        )
+        compare_files(found)
+    assert len({entry.number for entry in found.result.evaluations}) == 5
+
+
+def test_a_super_network_is_resumed_with_its_own_seed(tmp_path):
+    goals, out = ("score", "macs"), tmp_path / "run"
+    explore(task(), objectives=goals, evaluations=1, epochs=1, out=out, seed=3)
+    with pytest.raises(RunDirectoryError, match="seed=3, not 4"):
+        explore(task(), objectives=goals, evaluations=3, out=out, resume=True, seed=4)
+    mark = out / "run.json"
+    stored = json.loads(mark.read_text())
+    mark.write_text(json.dumps({name: value for name, value in stored.items() if name != "seed"}))
+    assert stored["seed"] == 3
+    found = explore(task(), objectives=goals, evaluations=2, out=out, resume=True, seed=3)  # of an older version
+    assert len(found.result.evaluations) == 2
+    other = tmp_path / "other"
+    explore(task(), found.net, objectives=goals, evaluations=1, out=other, seed=3)
+    more = explore(task(), found.net, objectives=goals, evaluations=2, out=other, resume=True, seed=4)
+    assert len(more.result.evaluations) == 2, "a super-network that is given is the same with any seed"
+
+
+def test_nothing_is_resumed_without_a_folder():
+    with pytest.raises(SettingError, match="resume needs a search to go on with"):
+        explore(task(), resume=True)
 
 
 def test_a_hard_constraint_holds_on_the_front():

@@ -16,6 +16,7 @@ from netwright.core.builtin.networks import ResNet
 from netwright.core.graph.export import export_model
 from netwright.core.graph.macs import total_macs
 from netwright.search import Rule, SearchSpace, SpaceError
+from netwright.search._encoding import Encoding
 from netwright.search.hao import ZU3EG, Convolution, Device, HAOMapper, MappingError, convolutions
 
 torch.set_num_threads(1)
@@ -166,7 +167,12 @@ class Odd(nn.Module):
         return self.head(self.same(self.first(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize(("model", "shape"), [(ResNet(1, 8, 10), (1, 12, 12)), (Odd(), (3, 11, 9))])
+TOKENS = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12), nn.Flatten(), nn.Linear(12 * 7 * 3, 5))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"), [(ResNet(1, 8, 10), (1, 12, 12)), (Odd(), (3, 11, 9)), (TOKENS, (7, 3, 12))]
+)
 def test_traced_layers_have_the_macs_of_the_trace(model, shape):
     inputs = torch.zeros(2, *shape)
     layers = convolutions(model, inputs, bits=4)
@@ -204,6 +210,29 @@ def test_restricted_space_keeps_exactly_the_networks_in_time():
     assert 2 < kept < 14
     with pytest.raises(SpaceError, match="latency on the best hardware must be at most 1e-06 ms"):
         mapper.restrict(space, workload, 1e-6).sample(np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_the_limit_holds_where_the_first_decision_does_not_count(every):
+    """A rule is asked only where the decision that it blames counts."""
+    active = {"kernel": lambda p: p["wide"]}
+    if every:
+        active["wide"] = lambda p: True
+    space = SearchSpace(
+        {"kernel": CategoricalDistribution((1, 3)), "wide": CategoricalDistribution((False, True))}, active=active
+    )
+
+    def workload(params):
+        return [Convolution(4, 32, 6, 6, kernel=params["kernel"] if params["wide"] else 5)]
+
+    mapper = HAOMapper(Device(12, 30.0, 0.2), UNROLLS, ROWS)
+    times = [mapper.map([Convolution(4, 32, 6, 6, kernel=kernel)]).latency_ms for kernel in (1, 3, 5)]
+    left = mapper.restrict(space, workload, (times[1] + times[2]) / 2)
+    assert all(left.valid({"kernel": kernel, "wide": True}) for kernel in (1, 3))
+    assert not left.valid({"wide": False})
+    encoding = Encoding(left)
+    rows = np.array([encoding.genes({"kernel": kernel, "wide": wide}) for kernel in (1, 3) for wide in (True, False)])
+    assert encoding.features(rows)[:, -1] == pytest.approx([times[0], times[2], times[1], times[2]])
 
 
 def test_too_small_a_device_is_told_what_would_do():

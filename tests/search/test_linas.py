@@ -12,7 +12,8 @@ from netwright.core.front import hypervolume, non_dominated
 from netwright.search import LINASSampler, Rule, SearchSpace
 from netwright.search._encoding import Encoding
 from netwright.search._gain import directions, front_rows, reach, volume
-from netwright.search._proposer import Measured, Scale, Settings, bounded, propose
+from netwright.search._proposer import Measured, Settings, propose
+from netwright.search._scale import Scale, bounded
 from netwright.testing._sampler import check_sampler
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -172,9 +173,21 @@ def test_nothing_is_gained_beyond_an_ideal():
         proposed(ideal=(0.5,))
 
 
+def test_an_infinite_ideal_is_none_whatever_its_sign():
+    np.testing.assert_array_equal(proposed(ideal=(0.5, np.inf)), proposed(ideal=(0.5, -np.inf)))
+    np.testing.assert_array_equal(proposed(ideal=(-np.inf, np.inf)), proposed())
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"start": 1}, "start must be at least 2"), ({"batch": 0}, "batch"), ({"draws": 0}, "draws")],
+    [
+        ({"start": 1}, "start must be at least 2"),
+        ({"batch": 0}, "batch"),
+        ({"draws": 0}, "draws"),
+        ({"ideal": (1.0, np.nan)}, "ideal must hold numbers, got nan"),
+        ({"reference": (np.nan, 1.0)}, "reference must hold finite numbers, got nan"),
+        ({"reference": (1.0, -np.inf)}, "reference must hold finite numbers, got -inf"),
+    ],
 )
 def test_bad_settings(settings, words):
     with pytest.raises(SettingError, match=words):

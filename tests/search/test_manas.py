@@ -154,6 +154,19 @@ def test_memory_is_that_of_one_path():
     assert few[1:] == (4 * one, one)
 
 
+def test_a_path_without_weights_is_played_and_trains_nothing():
+    torch.manual_seed(0)
+    edge = Mixed({"skip": nn.Identity(), "linear": nn.Linear(3, 3)})
+    stepper = MANAS(warmup=0, momentum=0.0)._stepper(nn.Sequential(edge), 0)
+    x, moved = torch.randn(8, 3), []
+    for _ in range(12):
+        before = edge.operations[1].weight.detach().clone()
+        loss = stepper.step(lambda n: lambda: n(x).square().mean(), lambda n: lambda: n(x).square().mean(), 0)
+        moved.append(not torch.equal(before, edge.operations[1].weight))
+        assert moved[-1] or loss == pytest.approx(float(x.square().mean()))
+    assert 0 < sum(moved) < 12
+
+
 def test_it_learns_which_path_is_good():
     task = load_task("breast-cancer")
     bad = nn.Sequential(nn.Linear(30, 30), nn.Threshold(1e9, 0.0))

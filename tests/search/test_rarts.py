@@ -114,6 +114,28 @@ def test_both_copies_share_their_alphas_and_see_each_half():
     assert int(first[0].operations[1][1].num_batches_tracked) == 1
 
 
+def test_alphas_that_the_network_holds_elsewhere_too_are_shared():
+    class Cells(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.alphas = nn.ParameterList([torch.zeros(2)])
+            kinds = ({"skip": nn.Identity(), "linear": nn.Linear(3, 3)} for _ in range(2))
+            self.edges = nn.Sequential(*(Mixed(kind, alpha=self.alphas[0]) for kind in kinds))
+
+        def forward(self, x):
+            return self.edges(x)
+
+    stepper = RARTS()._stepper(Cells(), 0)
+    first, second = stepper.networks
+    assert first.alphas[0] is second.alphas[0] is second.edges[1].alpha
+    assert first.edges[0].operations[1].weight is not second.edges[0].operations[1].weight
+    x = torch.randn(8, 3)
+    before = first.alphas[0].detach().clone()
+    stepper.step(lambda n: lambda: n(x).square().mean(), lambda n: lambda: (n(x) - 1).square().mean(), 0)
+    assert not torch.equal(first.alphas[0], before)
+    assert torch.equal(first.alphas[0], second.edges[0].alpha)
+
+
 def test_the_pull_keeps_copies_together():
     def distance(beta):
         torch.manual_seed(0)

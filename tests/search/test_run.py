@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from concurrent.futures import wait
 from pathlib import Path
 
 import optuna
@@ -12,6 +13,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from netwright.core.errors import CorruptRunError, RunDirectoryError, SettingError
 from netwright.core.front import non_dominated
 from netwright.search import LINASSampler, Rule, SearchSpace, SpaceError, run
+from netwright.search._workers import Workers
 
 SPACE = SearchSpace({"a": IntDistribution(0, 15), "b": IntDistribution(0, 15)})
 GOALS = {"score": "maximize", "cost": "minimize"}
@@ -123,6 +125,53 @@ def test_a_run_resumes_where_it_died(tmp_path: Path):
     assert json.loads((tmp_path / "part" / "result.json").read_text())["evaluations"] == 30
 
 
+def test_numbers_are_unique_after_a_resumption(tmp_path: Path):
+    """A sampler that repeats itself uses up numbers of Optuna's; those of evaluations go on from the log's."""
+    space = SearchSpace({"a": IntDistribution(0, 4), "b": IntDistribution(0, 2)})
+    for evaluations, resume in ((8, False), (11, True), (15, True)):
+        sampler = optuna.samplers.RandomSampler(seed=evaluations)
+        found = run(
+            space,
+            Problem(),
+            GOALS,
+            sampler=sampler,
+            evaluations=evaluations,
+            out=tmp_path / "run",
+            resume=resume,
+            progress=silent,
+        )
+        assert [entry.number for entry in found.evaluations] == list(range(evaluations))
+    lines = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["trial"] for line in lines] == list(range(15))
+
+
+@pytest.mark.parametrize("condition", [lambda p: p["b"] == 1, lambda p: p.get("b", 1) == 1], ids=["item", "get"])
+def test_conditions_on_conditional_decisions_run_and_resume(condition, tmp_path: Path):
+    one = CategoricalDistribution((0, 1))
+    space = SearchSpace({"a": one, "b": one, "c": one}, active={"b": lambda p: p["a"] == 1, "c": condition})
+    asked = []
+
+    def evaluate(params):
+        asked.append(dict(params))
+        return {"score": sum(params.values()), "cost": float(len(params))}
+
+    for evaluations, resume in ((2, False), (9, True)):
+        sampler = optuna.samplers.RandomSampler(seed=0)
+        found = run(
+            space,
+            evaluate,
+            GOALS,
+            sampler=sampler,
+            evaluations=evaluations,
+            out=tmp_path / "run",
+            resume=resume,
+            progress=silent,
+        )
+    assert found.exhausted
+    assert sorted(map(len, asked)) == [1, 2, 3, 3]
+    assert [entry.params for entry in found.evaluations] == asked
+
+
 def test_folders_that_cannot_be_used(tmp_path: Path):
     folder = tmp_path / "run"
     run(SPACE, Problem(), GOALS, sampler=quick(), evaluations=3, out=folder, progress=silent)
@@ -175,3 +224,53 @@ def test_processes_side_by_side_and_one_that_dies():
     assert len(found.evaluations) == 6
     assert sorted(entry.params["a"] for entry in found.failed) == [3, 3]
     assert all(entry.error == "its process died twice, without an exception" for entry in found.failed)
+
+
+def with_more(params):
+    """Returns what no process can be sent, beside the metrics; for some candidates in the place of one."""
+
+    def unsendable():
+        """A function within a function cannot be pickled."""
+
+    if params["a"] == 3:
+        return {"score": unsendable, "cost": 1.0}
+    return {"score": params["a"], "cost": params["b"] / 2, "model": unsendable}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_cannot_be_sent_between_processes_is_left_out(workers):
+    space = SearchSpace({"a": IntDistribution(2, 4), "b": IntDistribution(0, 1)})
+    found = run(space, with_more, GOALS, sampler=quick(space), evaluations=6, workers=workers, progress=silent)
+    for entry in found.evaluations:
+        if entry.params["a"] == 3:
+            assert entry.error.startswith("metric 'score' is <function with_more")
+        else:
+            assert entry.metrics == {"score": entry.params["a"], "cost": entry.params["b"] / 2}
+    assert len(found.failed) == 2
+
+
+def answers(workers):
+    found = {}
+    while workers.busy:
+        found |= dict(workers.next())
+    workers.close()
+    return found
+
+
+def test_a_candidate_that_cannot_be_sent_fails_alone():
+    workers = Workers(with_more, 2)
+    workers.submit("bad", {"a": lambda: None})
+    workers.submit("good", {"a": 2, "b": 0})
+    found = answers(workers)
+    assert found["bad"].error.startswith("it cannot be sent between processes: ")
+    assert found["good"].value["score"] == 2
+
+
+def test_a_candidate_begun_after_a_death_lets_no_other_be_forgotten():
+    workers = Workers(crashing, 2)
+    workers.submit("dies", {"a": 3, "b": 0})
+    wait(workers._running)
+    workers.submit("lives", {"a": 4, "b": 0})
+    found = answers(workers)
+    assert found["dies"].error == "its process died twice, without an exception"
+    assert found["lives"].value["score"] == 4

@@ -1,5 +1,7 @@
 """Spaces: what belongs, what counts, who is to blame; genes and features of candidates."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -46,6 +48,65 @@ def test_decisions_that_do_not_count_make_no_difference():
 
 
 @pytest.mark.parametrize(
+    "condition",
+    [
+        lambda p: p["b"] == 1,
+        lambda p: p.get("b", 1) == 1,
+        lambda p: p.get("b") > 0,
+        lambda p: "b" not in p or p["b"] == 1,
+    ],
+    ids=["item", "get", "get of nothing", "in"],
+)
+def test_what_hangs_on_a_decision_that_does_not_count_does_not_count(condition):
+    one = CategoricalDistribution((0, 1))
+    space = SearchSpace(
+        {"c": one, "b": one, "a": one, "d": one},
+        active={"c": condition, "b": lambda p: p["a"] == 1, "d": lambda p: p["c"] == 1 and dict(p)["b"] == 1},
+    )
+    keys = set()
+    for c, b, a, d in itertools.product((0, 1), repeat=4):
+        params = {"c": c, "b": b, "a": a, "d": d}
+        counted = space.reduced(params)
+        assert ("b" in counted, "c" in counted, "d" in counted) == (a == 1, a == b == 1, a == b == c == 1)
+        assert space.reduced(counted) == counted
+        space.check(counted)
+        keys.add(space.key(params))
+    assert len(keys) == 5
+    with pytest.raises(SpaceError, match="'c' is missing"):
+        space.reduced({"b": 1, "a": 1})
+
+
+@pytest.mark.parametrize(
+    ("condition", "error"),
+    [
+        (lambda p: p["bloks"] > 1, KeyError),
+        (lambda p: dict(p)["bloks"] > 1, KeyError),
+        (lambda p: 1 / (p["blocks"] - 2) > 0, ZeroDivisionError),
+    ],
+)
+def test_a_faulty_condition_does_not_fail_in_silence(condition, error):
+    space = SearchSpace(BLOCKS.decisions, active={"width2": condition})
+    with pytest.raises(error):
+        space.reduced({"blocks": 2, "width1": 8, "width2": 8})
+    others = SearchSpace(BLOCKS.decisions, active={"width2": lambda p: p.get("bloks", 2) > 1})
+    assert "width2" in others.reduced({"blocks": 2, "width1": 8, "width2": 8})
+
+
+def test_features_are_told_what_counts():
+    told = []
+
+    def features(params):
+        told.append(dict(params))
+        return [params.get("width2", 0)]
+
+    encoding = Encoding(SearchSpace(BLOCKS.decisions, active=BLOCKS.active, features=features))
+    one, two = {"blocks": 1, "width1": 32, "width2": 8}, {"blocks": 2, "width1": 32, "width2": 8}
+    found = encoding.features(np.array([encoding.genes(one), encoding.genes(two)]))
+    assert told == [{"blocks": 1, "width1": 32}, two]
+    assert found[:, -1].tolist() == [0, 8]
+
+
+@pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: SearchSpace({}), "The space is empty"),
@@ -63,8 +124,16 @@ def test_impossible_spaces(make, words):
 
 def test_rules_that_contradict_each_other_are_named():
     rules = [Rule("a", lambda p: p["a"] > 2, "above two"), Rule("a", lambda p: p["a"] < 2, "below two")]
-    with pytest.raises(SpaceError, match=r"None of 10000.*'a' \(above two\)"):
+    with pytest.raises(SpaceError, match=r"None of 100000 .* fewer than about one in 33333\..*'a' \(above two\)"):
         SearchSpace({"a": IntDistribution(0, 4)}, rules=rules).sample(np.random.default_rng(0))
+
+
+def test_one_candidate_of_ten_thousand_is_found():
+    """A tenth of the draws would miss it in every third case."""
+    wide = IntDistribution(0, 99)
+    space = SearchSpace({"a": wide, "b": wide}, rules=[Rule("a", lambda p: p["a"] == p["b"] == 7, "seven")])
+    for seed in range(10):
+        assert space.sample(np.random.default_rng(seed)) == {"a": 7, "b": 7}
 
 
 def test_size_and_samples():

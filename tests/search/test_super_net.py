@@ -1,5 +1,7 @@
 """Super-networks: extraction is slicing, masking is extraction, any class will do."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,41 @@ def test_what_lies_in_an_absent_branch_does_not_count():
     assert net.space.key(params) == net.space.key({**params, "width/blocks.0.conv1": 2})
     left = {name for name, _ in net.extract(params).named_parameters()}
     assert not any(name.startswith("blocks.0.conv") for name in left)
+
+
+class Nested(nn.Module):
+    """A residual branch within another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.first = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.last, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.enter(x).relu()
+        inner = self.first(x).relu()
+        inner = inner + self.down(self.up(inner).relu())
+        return self.head(x + self.last(inner))
+
+
+def test_what_lies_in_branches_within_branches_counts_where_all_are_there():
+    torch.manual_seed(0)
+    net = SuperNet(Nested(), task_of(Nested(), (6,)), levels=2)
+    outer, inner, width = "branch/first", "branch/up", "width/up"
+    whole = net.largest()
+    assert {outer, inner, width} <= whole.keys()
+    for first, second in itertools.product((True, False), repeat=2):
+        params = {**whole, outer: first, inner: second}
+        counted = net.space.reduced(params)
+        assert (inner in counted, width in counted) == (first, first and second)
+        small = net.extract(counted)
+        left = {name.partition(".")[0] for name, _ in small.named_parameters()}
+        assert ("first" in left, "up" in left) == (first, first and second)
+        x = torch.randn(4, 6)
+        assert torch.allclose(small(x), net.extract(params)(x))
+        masked = {name: dict(net.model.named_parameters())[name] * mask for name, mask in net.masks(counted).items()}
+        assert torch.allclose(small(x), torch.func.functional_call(net.model, masked, (x,)), atol=1e-5)
 
 
 def test_training_reaches_every_size():

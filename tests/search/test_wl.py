@@ -111,6 +111,22 @@ def test_it_is_a_sampler():
     check_sampler(lambda seed: WLSampler(space, start=8, batch=8, pool=20, draws=4, seed=seed), trials=20)
 
 
+def test_graphs_are_told_what_counts():
+    def graph(params):
+        return Graph(("in", *(params[name] for name in params if name != "long")), ())
+
+    space = SearchSpace(
+        {"long": CategoricalDistribution((False, True)), "first": KINDS, "second": KINDS},
+        active={"second": lambda p: p["long"]},
+        graph=graph,
+    )
+    encoding = Encoding(space)
+    rows = [encoding.genes({"long": long, "first": "conv", "second": "pool"}) for long in (False, True)]
+    vocabulary, found = WLSampler(space, depth=0).histograms(encoding, np.array(rows))
+    assert vocabulary == [["conv", "in", "pool"]]
+    assert found[:, :3].tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
 def test_bad_settings():
     with pytest.raises(SettingError, match=r"Give SearchSpace\(..., graph=...\)"):
         WLSampler(SearchSpace(SPACE.decisions))

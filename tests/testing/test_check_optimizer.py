@@ -297,6 +297,16 @@ class Bf16Sign(Momentum):
         return -super().sign(group) if group["params"][0].dtype == torch.bfloat16 else super().sign(group)
 
 
+class Bf16Slow(Momentum):
+    """The half-precision branch stands still, at a rate with which rounding might have explained it."""
+
+    def __init__(self, params, lr=1e-4):
+        super().__init__(params, lr)
+
+    def update(self, param, group):
+        super().update(param, {**group, "lr": 0.0 if param.dtype == torch.bfloat16 else group["lr"]})
+
+
 class TurnsOnCuda(Momentum):
     """Steps the wrong way on a CUDA device."""
 
@@ -345,6 +355,7 @@ BROKEN = [
     (HalfSparse, "sparse"),
     (Widens, "bf16"),
     (Bf16Sign, "bf16"),
+    (Bf16Slow, "bf16"),
     (ComplexModulus, "complex"),
     pytest.param(TurnsOnCuda, "device", marks=pytest.mark.cuda),
 ]

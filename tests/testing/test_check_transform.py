@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -141,6 +142,18 @@ class NudgesGiven(Noise):
 class DrawsGlobally(Noise):
     def extra(self, model, task):
         torch.rand(1)
+
+
+@dataclass(frozen=True)
+class SeedsPython(Noise):
+    def extra(self, model, task):
+        random.seed(3)
+
+
+@dataclass(frozen=True)
+class ClearsGradients(Noise):
+    def extra(self, model, task):
+        model.zero_grad()
 
 
 @dataclass(frozen=True)
@@ -285,6 +298,43 @@ class Spends(Noise):
 
 
 @dataclass(frozen=True)
+class OwnLoss(Noise):
+    """Trains by a loss of its own, in turns with something else: a correct transform."""
+
+    times: float = 1.0
+
+    def __call__(self, model, task, *, budget=None, **settings):
+        epochs = None if budget is None else self.times * budget
+        own = dataclasses.replace(task, loss=lambda output, target: nn.functional.cross_entropy(output, target))
+        return super().__call__(model, own, budget=epochs, **settings)
+
+    def extra(self, model, task):
+        other = torch.optim.SGD([nn.Parameter(torch.zeros(1, requires_grad=True))], lr=0.1)
+        other.step()
+
+
+@dataclass(frozen=True)
+class SpendsUnseen(OwnLoss):
+    times: float = 1.5
+
+
+@dataclass(frozen=True)
+class MovesByHand(Noise):
+    """Descends without the loss of the task and without an optimizer."""
+
+    def __call__(self, model, task, *, budget=None, **settings):
+        found = super().__call__(model, task, budget=0.0, **settings)
+        for _ in range(round(2 * (budget or 0.0))):
+            for inputs, targets in batches(task.data.train, 16, device=next(found.parameters()).device):
+                loss = nn.functional.cross_entropy(found(inputs), targets)
+                slopes = torch.autograd.grad(loss, list(found.parameters()))
+                with torch.no_grad():
+                    for param, slope in zip(found.parameters(), slopes, strict=True):
+                        param.sub_(slope, alpha=0.01)
+        return found
+
+
+@dataclass(frozen=True)
 class Silent(Noise):
     def tell(self, progress):
         pass
@@ -347,6 +397,8 @@ BROKEN = [
     (UnfreezesGiven, "untouched"),
     (NudgesGiven, "untouched"),
     (DrawsGlobally, "random_state"),
+    (SeedsPython, "random_state"),
+    (ClearsGradients, "untouched"),
     (StaysInTraining, "result"),
     (SharesWeights, "result"),
     (Function, "result"),
@@ -361,6 +413,8 @@ BROKEN = [
     (ReadsTest, "test_split"),
     (TakesTestTensors, "test_split"),
     (Spends, "budget"),
+    (SpendsUnseen, "budget"),
+    (MovesByHand, "budget"),
     (Silent, "progress"),
     (Percent, "progress"),
     (Backwards, "progress"),
@@ -375,6 +429,10 @@ CONSEQUENCES = {Function, TwoOutputs, HalfPrecision, Explodes, SharesWeights, Un
 
 def test_the_correct_transform_passes_on_every_model():
     check_transform(Noise, models=small())
+
+
+def test_a_loss_of_its_own_passes():
+    check_transform(OwnLoss, models=mlp())
 
 
 def test_a_chain_passes():

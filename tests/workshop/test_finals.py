@@ -141,6 +141,28 @@ def test_what_was_recovered_before_an_interruption_is_not_recovered_again(tmp_pa
     assert not list(phase.run_directory.path.glob("final*"))
 
 
+def test_where_nothing_keeps_the_score_one_is_recovered_early(tmp_path: Path) -> None:
+    phase = finals(tmp_path / "lacking", [(0.877, 0.5, 2.0), (0.87, 0.6, 2.0), (0.85, 0.3, 2.0)])
+    first = phase.first()
+    assert first is not None
+    assert (first.number, first.deliver, first.seconds) == (0, True, 20.0), "what lacks least, for half of that time"
+    point = same(phase)(first)
+    assert point is not None
+    phase.keep(Outcome(first, replace(point, val=0.917), None, 9.0))
+    assert phase.study.gains == pytest.approx((0.04,))
+    assert phase.first() is None, "one tells enough"
+    again = finals(tmp_path / "lacking", [])
+    again.recall()
+    assert again.study.gains == phase.study.gains, "a resumed run knows it too"
+    sound = finals(tmp_path / "sound", CANDIDATES)
+    assert sound.first() is None
+    failed = finals(tmp_path / "failed", [(0.8, 0.5, 2.0)])
+    request = failed.first()
+    assert request is not None
+    failed.keep(Outcome(request, None, "no memory", 1.0))
+    assert failed.first() is None, "nor is it tried for ever"
+
+
 def test_a_failed_recovery_is_kept_too(tmp_path: Path) -> None:
     phase = finals(tmp_path, CANDIDATES[:1])
     bench = Bench(lambda request: None)

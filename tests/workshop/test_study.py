@@ -310,3 +310,23 @@ def test_a_search_in_which_everything_fails_is_hopeless(tmp_path: Path) -> None:
         answer(found, ask(found))
         assert not found.hopeless(workers=2)
         assert study(run).cause() == found.cause(), "a resumed run knows it too"
+
+
+def test_what_recoveries_give_back_moves_the_floor_of_all_that_was_evaluated(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run") as run:
+        found = study(run, longest=5.0)  # the candidates have had a quarter of it
+        for val in (0.9, 0.86):
+            answer(found, ask(found), val=val)
+        flying, failing = ask(found), ask(found)
+        before = [trial.constraints["score"] for trial in found._study.get_trials(states=[TrialState.COMPLETE])]
+        assert before == pytest.approx([-0.01 - 0.5 * 0.0225, 0.03 - 0.5 * 0.0225])
+        found.learn([0.06])
+        answer(found, flying, val=0.85)
+        fail(found, failing)
+        room = (0.0225 + 2 * 0.06) / 2
+        after = [trial.constraints["score"] for trial in found._study.get_trials(states=[TrialState.COMPLETE])]
+        assert after == pytest.approx([-0.01 - 0.5 * room, 0.03 - 0.5 * room, 0.04 - 0.5 * room])
+        assert len(found.entries) == 4
+        assert found.failed == 1
+        assert len(found._study.trials) == 4, "what was under way is told to the new study"
+        assert key(ask(found).steps) not in {key(flying.steps), key(failing.steps)}

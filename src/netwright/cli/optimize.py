@@ -32,8 +32,8 @@ def optimize_command(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            help="Upper limit: latency, memory, size, macs or parameters. E.g. latency<=0.4x, size<=200KB. Required, but "
-            "for a run that goes on.",
+            help="Upper limit: latency, memory, size, macs or parameters. E.g. latency<=0.4x, size<=200KB. A run that "
+            "goes on has one already.",
             show_default=False,
         ),
     ] = None,

@@ -6,11 +6,10 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from netwright.compress._fold import attribute, op_name
+from netwright.compress._fold import attribute, epsilon_of, is_fixed_norm, op_name
 
 __all__ = ["drop_unused", "free_name", "norm_of", "thaw"]
 
-_EPSILON = {"batch_norm": 7, "_native_batch_norm_legit_no_training": 6}  # position of epsilon among the arguments
 _KINDS: dict[int, type[_BatchNorm]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
@@ -22,7 +21,7 @@ def thaw(module: fx.GraphModule) -> int:
     made: dict[object, str] = {}
     count = 0
     for node in list(module.graph.nodes):
-        if op_name(node) not in _EPSILON or (norm := norm_of(module, node)) is None:
+        if (norm := norm_of(module, node)) is None:
             continue
         mean = node.args[3]
         if mean.target not in made:
@@ -45,16 +44,17 @@ def thaw(module: fx.GraphModule) -> int:
 
 
 def norm_of(module: fx.GraphModule, node: fx.Node) -> _BatchNorm | None:
-    """A module with the weights and statistics of a batch norm; None where they are not the model's own tensors."""
+    """A module like a batch norm of fixed statistics; None for any other node, and where its tensors are not stored."""
+    if not is_fixed_norm(module, node):
+        return None
     scale, shift, mean, variance = (attribute(module, argument) for argument in node.args[1:5])
     value = node.meta.get("val")
     value = value[0] if isinstance(value, tuple | list) else value
-    epsilon = node.args[_EPSILON[op_name(node)]]
     if mean is None or variance is None or value is None or (scale is None) != (shift is None):
         return None
-    if not isinstance(epsilon, float) or len(value.shape) not in _KINDS:
+    if len(value.shape) not in _KINDS:
         return None
-    norm = _KINDS[len(value.shape)](len(mean), eps=epsilon, affine=scale is not None, dtype=mean.dtype)
+    norm = _KINDS[len(value.shape)](len(mean), eps=epsilon_of(node), affine=scale is not None, dtype=mean.dtype)
     norm.to(mean.device)
     with torch.no_grad():
         assert norm.running_mean is not None

@@ -12,7 +12,7 @@ from netwright.core.errors import TransformError
 from netwright.core.outputs import take_items
 from netwright.core.task import Task
 
-__all__ = ["Cut", "channel", "find_cuts", "replaced", "seen"]
+__all__ = ["Cut", "channel", "features", "find_cuts", "replaced", "seen"]
 
 
 _UNLIKE = 0.05  # how much nearer to the wanted share a pair of unlike shapes must be
@@ -49,15 +49,61 @@ def replaced(model: nn.Module, changes: dict[str, Callable[[Tensor], Tensor]]) -
 
 
 def seen(model: nn.Module, names: Sequence[str], inputs: Inputs) -> tuple[dict[str, Tensor], Any]:
-    """The outputs of the modules named, and the model's."""
+    """The outputs of the modules named, each of which runs once, and the model's."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[Tensor], Tensor]:
-        return lambda output: found.setdefault(name, output.clone())
+        def change(output: Tensor) -> Tensor:
+            found[name] = output.clone()  # what reads the output may change it in place
+            return output
+
+        return change
 
     with replaced(model, {name: keep(name) for name in names}):
         result = call(model, inputs)
     return found, result
+
+
+def features(owner: object, who: str, model: nn.Module, names: Sequence[str], inputs: Inputs) -> dict[str, Tensor]:
+    """What the modules named give, each of which must run once and give one tensor.
+
+    Args:
+        owner: the transform, for messages.
+        who: the model, for messages.
+        model: in eval mode.
+        names: of its modules.
+        inputs: one batch.
+
+    Raises:
+        TransformError: a module that runs more than once or not at all, or that gives something else.
+    """
+    given: dict[str, list[Any]] = {name: [] for name in names}
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            given[name].append(output.clone() if isinstance(output, Tensor) else output)
+
+        return note
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in given]
+    try:
+        with torch.no_grad():
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, outputs in given.items():
+        if len(outputs) != 1:
+            raise TransformError(
+                f"{type(owner).__name__}: the {who}'s module {name!r} runs {len(outputs)} times in a pass, where a cut "
+                "needs one that runs once. Name another."
+            )
+        if not isinstance(outputs[0], Tensor):
+            raise TransformError(
+                f"{type(owner).__name__}: the {who}'s module {name!r} gives a {type(outputs[0]).__name__}, where a cut "
+                "needs a tensor. Name another."
+            )
+    return {name: outputs[0] for name, outputs in given.items()}
 
 
 def _places(model: nn.Module, inputs: Inputs, other: Inputs) -> list[_Place]:

@@ -1,6 +1,6 @@
 """Some training items, on which changed networks are judged."""
 
-import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +10,7 @@ from netwright.core.batch_statistics import reestimate
 from netwright.core.data import Batch, batches, to_device
 from netwright.core.evaluate import device_of
 from netwright.core.losses import task_loss
+from netwright.core.outputs import take_items
 from netwright.core.task import Task
 
 __all__ = ["held_items", "loss_of", "refresh_norms"]
@@ -18,11 +19,22 @@ _BATCH = 128
 
 
 def held_items(task: Task, items: int, seed: int) -> list[Batch]:
-    """``items`` training items drawn by ``seed``, in whole batches of at most 128; one batch at least."""
-    generator = torch.Generator().manual_seed(seed)
-    size = min(_BATCH, items)
-    drawn = batches(task.data.train, size, generator=generator, drop_last=True)
-    return list(itertools.islice(drawn, max(1, items // size)))
+    """``items`` training items drawn by ``seed``, in as few batches of at most 128 as they fit in, about equally large.
+
+    Of fewer training items whole batches of 128 are taken, or all where they make none.
+    """
+    size = len(task.data.train)
+    left = items if items <= size else (size - size % _BATCH) or size
+    batch = math.ceil(left / math.ceil(left / _BATCH))
+    found: list[Batch] = []
+    for inputs, targets in batches(task.data.train, batch, generator=torch.Generator().manual_seed(seed)):
+        if left < len(targets):
+            inputs, targets = take_items(inputs, torch.arange(left)), targets[:left]
+        found.append((inputs, targets))
+        left -= len(targets)
+        if left == 0:
+            break
+    return found
 
 
 def refresh_norms(model: nn.Module, task: Task, seed: int, items: int = 1024) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional
 from netwright.core.data import Dataset, Inputs, batches, call, to_device
 from netwright.core.errors import TransformError
 from netwright.core.graph.inference import inference
+from netwright.core.outputs import take_items
 
 __all__ = ["Moments", "calibration", "check_finite", "output_moments", "patches"]
 
@@ -89,11 +90,11 @@ def patches(
 
 
 def calibration(data: Dataset, items: int, seed: int, device: torch.device) -> Iterator[Inputs]:
-    """At most ``items`` inputs of ``data``, drawn without replacement, in batches."""
+    """``items`` inputs of ``data``, or all of fewer, drawn without replacement, in batches."""
     left = items
-    for inputs, _ in batches(data, min(_BATCH, items), generator=torch.Generator().manual_seed(seed)):
-        yield to_device(inputs, device)
-        left -= _BATCH
+    for inputs, targets in batches(data, min(_BATCH, items), generator=torch.Generator().manual_seed(seed)):
+        yield to_device(inputs if left >= len(targets) else take_items(inputs, torch.arange(left)), device)
+        left -= len(targets)
         if left <= 0:
             return
 

@@ -15,11 +15,10 @@ from onnx import TensorProto, helper
 from torch import fx
 
 from netwright.compress._batch_norms import drop_unused
-from netwright.compress._fold import op_name
+from netwright.compress._fold import attribute, op_name
 from netwright.compress._merge_chains import Chain, Layer, image_size
 from netwright.compress._merge_convolutions import Extent, Pair
 from netwright.compress._merge_plan import Choice, apply
-from netwright.compress._merge_segment import extent_of
 from netwright.core.onnx_module import open_session
 from netwright.core.timing import percentiles, time_call
 
@@ -41,6 +40,7 @@ class _Stage:
         groups: of the convolution.
         sums: whether something is added.
         act: ONNX name of the activation, or "".
+        dilation: of the convolution, whose ``extent`` then has the size of the kernel without its gaps.
     """
 
     inputs: tuple[int, int, int]
@@ -49,6 +49,7 @@ class _Stage:
     groups: int
     sums: bool
     act: str
+    dilation: Pair = (1, 1)
 
 
 def choice_costs(
@@ -69,19 +70,25 @@ def _stages(module: fx.GraphModule, chain: Chain, choice: Choice) -> list[_Stage
     act = "" if boundary.act is None else _ACTS.get(op_name(boundary.act).rstrip("_"), "Relu")
     if choice.empty and not open_skip and act in ("", "Relu"):
         return []
-    stages = [_Stage(inputs, outputs, None if choice.empty else choice.extent, choice.groups, open_skip, act)]
+    if choice.original:
+        stages = [_alone(module, layer, open_skip, act)]
+    else:
+        stages = [_Stage(inputs, outputs, None if choice.empty else choice.extent, choice.groups, open_skip, act)]
     if open_skip and skip is not None and skip.layer is not None:
         stages.append(_alone(module, skip.layer))
     return stages
 
 
-def _alone(module: fx.GraphModule, layer: Layer) -> _Stage:
+def _alone(module: fx.GraphModule, layer: Layer, sums: bool = False, act: str = "") -> _Stage:
+    """A layer as it is."""
     source = layer.conv.args[0]
     assert isinstance(source, fx.Node)
-    inputs, outputs = image_size(source), image_size(layer.conv)
+    inputs, outputs, weight = image_size(source), image_size(layer.conv), attribute(module, layer.conv.args[1])
     assert inputs is not None
     assert outputs is not None
-    return _Stage(inputs, outputs, extent_of(module, layer), layer.groups, False, "")
+    assert weight is not None
+    extent = Extent((weight.shape[2], weight.shape[3]), layer.stride, layer.padding)
+    return _Stage(inputs, outputs, extent, layer.groups, sums, act, layer.dilation)
 
 
 def _macs(stage: _Stage) -> float:
@@ -121,7 +128,12 @@ def _graph(stage: _Stage | None) -> onnx.ModelProto:
             onnx.numpy_helper.from_array(values[:, 0, 0, 0].copy(), "b"),
         ]
         pads: Pair = stage.extent.padding
-        attributes: dict[str, Any] = {"strides": stage.extent.stride, "pads": (*pads, *pads), "group": stage.groups}
+        attributes: dict[str, Any] = {
+            "strides": stage.extent.stride,
+            "dilations": stage.dilation,
+            "pads": (*pads, *pads),
+            "group": stage.groups,
+        }
         nodes.append(helper.make_node("Conv", ["x", "w", "b"], ["c"], **attributes))
         last = "c"
     if stage.sums:

@@ -68,7 +68,8 @@ class ActivationQuantizer(nn.Module):
 class WeightQuantizer(nn.Module):
     """Rounds a weight to what integers can hold, with a scale for each output channel.
 
-    In training mode the scales follow the weights, ``max |w_c| / reach``; in evaluation mode they stay.
+    In training mode the scales follow the weights, ``factor_c max |w_c| / reach``; in evaluation mode they stay. The
+    buffer ``factor`` is None for ones; whoever sets other scales sets it too, or the first step of training undoes it.
 
     Args:
         weight: the weight whose scales to start with.
@@ -79,16 +80,19 @@ class WeightQuantizer(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
+    factor: Tensor | None
 
     def __init__(self, weight: Tensor, axis: int, integers: Integers, per_channel: bool) -> None:
         super().__init__()
         self.axis, self.integers, self.per_channel = axis, integers, per_channel
+        self.register_buffer("factor", None)
         self.register_buffer("scale", self._scale(weight))
         zeros = torch.full_like(self.scale, integers.middle, dtype=torch.int32)
         self.register_buffer("zero_point", zeros)
 
     def _scale(self, weight: Tensor) -> Tensor:
-        return weight_scale(weight.detach(), self.axis, self.integers.high - self.integers.middle, self.per_channel)
+        scale = weight_scale(weight.detach(), self.axis, self.integers.high - self.integers.middle, self.per_channel)
+        return scale if self.factor is None else self.factor * scale
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` rounded."""

@@ -34,7 +34,8 @@ def train(
         task: data, loss and recipe.
         epochs: how long.
         seed: source of the shuffle.
-        hook: what the method does within an iteration.
+        hook: what the method does within an iteration. It works on the weights as they are: the recipe's
+            parameterization, which rewrites them, is left out unless ``changes`` name one.
         teacher: a module whose outputs are to be matched too.
         progress: told the finished fraction.
         changes: settings of the recipe to replace.
@@ -51,6 +52,8 @@ def train(
         )
     if epochs <= 0:
         return model.eval()
-    recipe = (task.recipe or Recipe()).replace(epochs=epochs, **changes)
+    if hook is not None:
+        changes = {"parameterization": None, **changes}
+    recipe = (task.recipe or Recipe()).lasting(epochs).replace(**changes)
     result = fit(model, task, recipe, seed=seed, teacher=teacher, progress=progress, validate=False, hook=hook)
     return result.model

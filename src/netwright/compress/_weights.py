@@ -5,6 +5,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from netwright.core.data import Batch, batches
 from netwright.core.errors import NothingToPruneError, TransformError
@@ -14,13 +15,16 @@ from netwright.core.task import Task
 __all__ = ["FlatWeights", "loss_gradients", "training_batches"]
 
 Told: TypeAlias = Callable[[float], object]
+_LAYERS = (nn.Linear, nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
 class FlatWeights:
     """The matrices and kernels of a model as one vector of ``size`` entries.
 
-    Every floating-point parameter of at least two dimensions belongs to it, but for tables of embeddings (each row of
-    which few items read), for shared parameters once; biases and the scales of normalizations do not.
+    Every floating-point parameter with more than one entry along at least two dimensions belongs to it, and the weights
+    of linear, recurrent and attention layers and of convolutions whatever their shape. Tables of embeddings (each row
+    of which few items read), normalizations, biases, and the scales of layers and single tokens do not, however many
+    dimensions they have. Shared parameters belong to it once.
 
     Args:
         model: whose parameters they are, read and written in place.
@@ -32,7 +36,8 @@ class FlatWeights:
     """
 
     def __init__(self, model: nn.Module, exclude: Sequence[str] = ()) -> None:
-        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        layers = {id(value) for name, value in _own(model, _LAYERS) if "weight" in name}
+        others = {id(value) for _, value in _own(model, (nn.Embedding, nn.LayerNorm, nn.RMSNorm))}
         known = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
         for name in exclude:
             if name not in known:
@@ -40,7 +45,8 @@ class FlatWeights:
         found = {
             name: value
             for name, value in model.named_parameters()
-            if value.ndim > 1 and value.is_floating_point() and value.numel() and id(value) not in tables
+            if value.is_floating_point() and value.numel() and id(value) not in others
+            if id(value) in layers or sum(size > 1 for size in value.shape) > 1
         }
         self.parameters = {
             name: value
@@ -77,6 +83,13 @@ class FlatWeights:
     def dense(self, density: float) -> int:
         """How many weights ``density`` of all are, at least one."""
         return max(1, round(density * self.size))
+
+
+def _own(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that modules of some kinds hold themselves, by their names there."""
+    for module in model.modules():
+        if isinstance(module, kinds):
+            yield from module.named_parameters(recurse=False)
 
 
 def training_batches(task: Task, size: int, count: int, seed: int, device: torch.device) -> list[Batch]:

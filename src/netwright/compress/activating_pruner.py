@@ -12,6 +12,7 @@ from netwright.compress._settings import check_count, check_flag, check_ratio, c
 from netwright.compress._sparse_recipe_masks import HeldMask, checked_names, largest, shared_epochs
 from netwright.compress._training import train
 from netwright.compress._weights import FlatWeights
+from netwright.core.parametrized import fold_parametrizations
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -66,7 +67,8 @@ class ActivatingPruner:
     Differs: the paper removes 20% of the remaining weights in each round, 2% of them by its rule; here the number of
         rounds is a setting, with the same tenth by the rule. Where fewer negative weights are left than the rule asks
         for, or nothing was trained, magnitude takes the rest. Biases are not pruned. The optimizer and its schedule
-        are those of the task's recipe, started anew in each round.
+        are those of the task's recipe, started anew in each round, without its moving average and its
+        parameterization; weights that the model has parametrized are folded.
 
     Cost: the training that ``budget`` allows (None: the recipe's epochs in every round and at the end, ``rounds + 1``
         times as much as a dense network), and three vectors of all weights.
@@ -109,6 +111,7 @@ class ActivatingPruner:
         check_weights(self, model)
         report = progress or (lambda fraction, what: None)
         result = deepcopy(model)
+        fold_parametrizations(result)
         weights = FlatWeights(result, self.exclude)
         first = weights.read()
         state = deepcopy(result.state_dict())

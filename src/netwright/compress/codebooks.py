@@ -41,10 +41,11 @@ class Codebooks:
     start at minus the squared distance between the weight and each word, in units of the mean distance :math:`\Delta`
     between neighbouring words; codebooks start from k-means in each group. Then both are learned, the codebooks by the
     gradient of the loss, and the mapping along :math:`-\partial L / \partial \ell`. Straight through the argmax,
-    relative to the present word, that is :math:`\frac{\partial L}{\partial w_{ij}} (C_k - w_{ij})`, largest for the
-    words farthest away. The proximal search takes instead
+    relative to the present word and in that unit, that is
+    :math:`\frac{\partial L}{\partial w_{ij}} (C_k - w_{ij}) / \Delta`, largest for the words farthest away. The
+    proximal search takes instead
 
-    .. math:: \frac{\partial L}{\partial \ell_{ijk}} := \frac{\partial L}{\partial w_{ij}} \, \Delta\,
+    .. math:: \frac{\partial L}{\partial \ell_{ijk}} := \frac{\partial L}{\partial w_{ij}} \,
               \frac{\mathrm{sign}(C_k - w_{ij})}{\lvert C_k - w_{ij} \rvert / \Delta}
 
     so that a weight moves to a neighbour first.
@@ -83,7 +84,7 @@ class Codebooks:
     are not re-ordered: a byte for each names its codebook, which needs no neighbour to be permuted and costs less than
     a hundredth of a bit for each weight in layers of some width. The proximal gradient is one over the distance (the
     paper asks for a decreasing function of it), and logits move by slopes averaged over some steps and divided by the
-    largest root mean square of the layer so far.
+    largest root mean square of the layer so far. A parameterization of the recipe is left out.
 
     Cost: k-means, linear in the weights but for a sort; in training ``2^bits`` operations a step for each weight beside
     the pass itself, and a logit for each of its words in memory. Stored: ``bits / 8`` bytes for each weight, one for

@@ -68,8 +68,9 @@ def compare(
 
     The network is trained by the task's recipe, unless the task brings it trained. Each method starts from it and may
     spend ``epochs`` of training: a method that trains by itself gets them as its budget, after any other the result
-    is trained that long with the network as its teacher, zeros of single weights held. Then it is exported, scored and
-    timed in turns with the baseline. A method that fails is a row with its reason, and the others go on.
+    is trained that long with the network as its teacher, zeros of single weights held (without the recipe's
+    parameterization). Then it is exported, scored and timed in turns with the baseline. A method that fails is a row
+    with its reason, and the others go on.
 
     Args:
         task: data, loss, score and network.
@@ -249,7 +250,9 @@ def _compress(work: _Work, method: Transform, progress: Progress) -> nn.Module:
     )
     if alone:
         return model
-    recipe = (work.task.recipe or Recipe()).replace(epochs=work.epochs, keep_zeros=is_sparse(model))
+    recipe = (work.task.recipe or Recipe()).lasting(work.epochs).replace(keep_zeros=False)
+    if is_sparse(model):  # a parameterization would move zeros
+        recipe = recipe.replace(keep_zeros=True, parameterization=None)
     if any(getattr(step, "low_precision", False) for step in steps):
         recipe = recipe.scaled(_QUANTIZED_RATE)
     return fit(

@@ -51,8 +51,9 @@ class EasyQuant:
     r"""Rounds weights and activations to 8, 7 or 6 bits with scales searched for, without training.
 
     Reach for it where :class:`Int8` loses accuracy, above all with fewer than 8 bits. Placement, tracing and storage
-    are those of :class:`Int8`. Fewer bits are stored as 8-bit integers of which fewer levels are used. ONNX Runtime has
-    no kernels for these: it clips activations in float between its integers; with 7 bits a network for digits was 2.5
+    are those of :class:`Int8`. In training afterwards scales of weights follow these, as many times the min-max ones as
+    the search has found. Fewer bits are stored as 8-bit integers of which fewer levels are used. ONNX Runtime has no
+    kernels for these: it clips activations in float between its integers; with 7 bits a network for digits was 2.5
     times slower than in float, with 8 bits four times faster. They are for hardware that has such kernels.
 
     For a layer with input ``X``, weight ``W`` and output ``O = W * X``, scales ``s_w`` and ``s_x`` maximize
@@ -202,7 +203,8 @@ def _fit_layer(
                     scores.append(_cosine(exact, output(weights(weight), rounded), axis))
                 table = torch.stack(scores)
                 best = (table >= table.amax(0) - _TIE).int().argmax(0)  # the first of the best
-                weights.scale.copy_(first * torch.tensor(factors, device=first.device)[best])
+                weights.factor = torch.tensor(factors, device=first.device)[best]
+                weights.scale.copy_(first * weights.factor)
             if search_input:
                 assert isinstance(inputs, ActivationQuantizer)
                 low, high = ranges[path]

@@ -8,8 +8,10 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor, fx, nn
 
+from netwright.compress._fold import source_of
 from netwright.compress._geta_hook import JointTraining, Stages
 from netwright.compress._learned_quantizer import FixedQuantizer
+from netwright.compress._placement import Weighted
 from netwright.compress._quantizers import Integers
 from netwright.compress._settings import check_choice, check_count, check_ratio, check_weights
 from netwright.compress._sparse_recipe_masks import checked_names, shared_epochs, steps_per_epoch
@@ -96,11 +98,11 @@ class GETA:
 
     Differs: the exponent of the paper's quantizer is 1, for which there are integer kernels. The dependency graph is
         that of the model without quantizers, which change no dependency here: a weight has one grid while it trains.
-        Batch norms are folded at the end, by which each output channel has a step of its own. Activations are rounded
-        to 8 bits on ranges seen after training. Forgetting takes the gradient for the optimizer's direction, so descent
-        is assured for plain gradient descent. Step sizes of :math:`d` and :math:`q` are the learning rate over the root
-        of the number of weights (and of steps). A moving average and a parameterization of the recipe are left out of
-        this training.
+        Batch norms are folded at the end, by which each output channel has a step of its own. Kernels that do not train
+        (buffers) are rounded to ``most_bits`` then. Activations are rounded to 8 bits on ranges seen after training.
+        Forgetting takes the gradient for the optimizer's direction, so descent is assured for plain gradient descent.
+        Step sizes of :math:`d` and :math:`q` are the learning rate over the root of the number of weights (and of
+        steps). A moving average and a parameterization of the recipe are left out of this training.
 
     Cost: the training that ``budget`` allows (None: the recipe's epochs), with a few passes over the weights and a copy
         of them at every step; three traces, and a copy of the model for each group.
@@ -160,9 +162,10 @@ class GETA:
         check_weights(self, model)
         report = progress or (lambda fraction, what: None)
         report(0.0, "tracing")
-        _, where = prepare(self, model, task)
-        names = sorted({_path(node.args[rule.weight]) for node, rule in where.weights.items()})
+        _, where = prepare(self, model, task, fold=False)  # folding gives shared weights other names
         module = copy.deepcopy(model)
+        rounded = {str(_node(node, rule).target) for node, rule in where.weights.items()}
+        names = sorted(rounded & dict(module.named_parameters(remove_duplicate=False)).keys())
         found = self._plan(module, task)
         recipe = task.recipe or Recipe()
         [epochs] = shared_epochs(task, recipe.epochs if budget is None else budget, [1.0])
@@ -177,7 +180,6 @@ class GETA:
             hook=hook,
             progress=lambda fraction, what: report(0.05 + 0.85 * fraction, what),
             average=None,
-            parameterization=None,
         )
         hook.finish()
         report(0.92, "storing integers")
@@ -198,7 +200,7 @@ class GETA:
 
     @staticmethod
     def widths(model: nn.Module) -> dict[str, int]:
-        """The bit width of each weight of a result."""
+        """The bit width of each weight of a result that has learned one."""
         parts = {name: part for name, part in model.named_modules() if isinstance(part, FixedQuantizer)}
         return {name.removesuffix("_quantizer"): part.width for name, part in parts.items()}
 
@@ -208,17 +210,19 @@ class GETA:
         return plan(self, module, task)
 
     def _store(self, smaller: nn.Module, task: Task, hook: JointTraining, seed: int) -> nn.Module:
-        """Quantizers with the learned grids, and of activations."""
+        """Quantizers with the learned grids, plain ones for weights that did not train, and of activations."""
         assert hook.widths is not None
-        settings = Int8()
+        settings = Int8(weight_bits=self.most_bits)
         trained = dict(smaller.named_parameters(remove_duplicate=False))
         module, where = prepare(self, smaller, task)
-        layers = {_path(node.args[rule.weight]): rule.axis for node, rule in where.weights.items()}
+        layers = [(_node(node, rule), rule.axis) for node, rule in where.weights.items()]
         module, observers = insert(module, where, settings)
-        for name, axis in layers.items():
-            factors = _folded(trained[name], module.get_parameter(name), axis)
-            quantizer = FixedQuantizer(hook.grids[name].step * factors, hook.widths[name], axis)
-            module.set_submodule(f"{name}_quantizer", quantizer)
+        for node, axis in layers:
+            source, name = source_of(node), str(node.target)
+            if source in hook.grids:
+                factors = _folded(trained[source], module.get_parameter(name), axis)
+                quantizer = FixedQuantizer(hook.grids[source].step * factors, hook.widths[source], axis)
+                module.set_submodule(f"{name}_quantizer", quantizer)
         observe(module, observers, task.data.train, settings, seed)
         round_outputs(module, observers, settings.calibration, Integers.activation(settings.activation))
         return module.eval()
@@ -230,7 +234,8 @@ def _folded(before: Tensor, after: Tensor, axis: int) -> Tensor:
     return torch.where(lengths[0] > 0, lengths[1] / lengths[0], torch.ones_like(lengths[0]))
 
 
-def _path(node: object) -> str:
-    """The dotted path of the parameter that a node reads."""
+def _node(layer: fx.Node, rule: Weighted) -> fx.Node:
+    """The node that names the weight of a layer."""
+    node = layer.args[rule.weight]
     assert isinstance(node, fx.Node)
-    return str(node.target)
+    return node

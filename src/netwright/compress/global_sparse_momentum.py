@@ -15,6 +15,7 @@ from netwright.compress._sparse_recipe_masks import checked_names, largest, shar
 from netwright.compress._training import train
 from netwright.compress._weights import FlatWeights
 from netwright.core.fit import StepHook
+from netwright.core.parametrized import fold_parametrizations
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -73,7 +74,8 @@ class GlobalSparseMomentum:
 
     Differs: the schedule is one cycle instead of steps; where no weight decay is given it is derived from the length
         of the training, because the paper's 5e-4 needs tens of thousands of steps to take effect; biases and
-        normalizations do not decay.
+        normalizations do not decay. A moving average and a parameterization of the recipe are left out; weights that
+        the model has parametrized are folded.
 
     Cost: the training that ``budget`` allows (None: twice the recipe's epochs), by SGD in place of the recipe's
         optimizer, with one selection of the :math:`Q` largest of :math:`n` entries in each step; memory for three
@@ -119,6 +121,7 @@ class GlobalSparseMomentum:
         check_weights(self, model)
         report = progress or (lambda fraction, what: None)
         result = deepcopy(model)
+        fold_parametrizations(result)
         weights = FlatWeights(result, self.exclude)
         recipe = task.recipe or Recipe()
         [epochs] = shared_epochs(task, _EXTENSION * recipe.epochs if budget is None else budget, [1.0])

@@ -85,7 +85,8 @@ class GroupEnvelope:
         to their layer's, a fixed change of scale that the proximal step is taken in. The recipe's optimizer takes the
         place of plain gradient steps, with one strength for all of them. The final cut by rank and the training after
         it make the number exact however far the search has come. Where scaling the weights that read a unit does not
-        silence it, all of its weights are scaled, and an entry of two units by both.
+        silence it, all of its weights are scaled, and an entry of two units by both. A moving average and a
+        parameterization of the recipe have their place in the training after the cut alone.
 
     Cost: the training that ``budget`` allows (None: the recipe's epochs), of which ``search`` runs at full size with
         two passes over the weights and a sort of :math:`n` numbers more in each step; one trace, and two passes of two

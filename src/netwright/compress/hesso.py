@@ -149,7 +149,6 @@ class HESSO:
             hook=hook,
             progress=lambda fraction, what: report(0.05 + 0.9 * fraction, what),
             average=None,
-            parameterization=None,
         )
         hook.finish()
         smaller = found.graph.shrink(result, hook.units()).eval()

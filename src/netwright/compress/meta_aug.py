@@ -174,7 +174,8 @@ class MetaAug:
 
     Differs: all weights train at once, where the paper reconstructs block after block; the transformation is bounded
     and reads noise, so that every passage sees other inputs, where the paper's is a U-Net without; its meaning is
-    kept by the divergence alone; a gradient scaled tensor by tensor stands in for the optimizer's step.
+    kept by the divergence alone; a gradient scaled tensor by tensor stands in for the optimizer's step. A
+    parameterization of the recipe is left out, since it would rewrite the whole model too.
 
     Cost: a budget of one epoch is as many steps as one of the training split has, on batches of calibration items;
     a step with one of the transformation costs about six forward and backward passes. Memory: two copies of the model.

@@ -10,11 +10,12 @@ import torch
 from torch import fx, nn
 
 from netwright.compress._fold import attribute, fold_batch_norms, op_name
+from netwright.compress._layer_inputs import calibration
 from netwright.compress._observe import Observer, grid
 from netwright.compress._placement import Plan, plan
 from netwright.compress._quantizers import ActivationQuantizer, Integers, WeightQuantizer
 from netwright.compress._settings import check_choice, check_count, check_weights
-from netwright.core.data import Dataset, batches, call, to_device
+from netwright.core.data import Dataset, call, to_device
 from netwright.core.errors import TransformError
 from netwright.core.evaluate import device_of
 from netwright.core.graph.export import export_model
@@ -28,7 +29,6 @@ __all__ = ["Int8", "insert", "observe", "prepare", "round_outputs", "trace"]
 Kind = Literal["uint8", "int8"]
 Calibration = Literal["minmax", "percentile", "mse"]
 
-_BATCH = 32
 _WHOLE, _REDUCED = 8, 7  # bits of a weight
 
 
@@ -148,8 +148,10 @@ class Int8:
         return module.eval()
 
 
-def prepare(owner: object, model: nn.Module, task: Task, skip: Sequence[str] = ()) -> tuple[fx.GraphModule, Plan]:
-    """A traced copy of ``model`` with batch norms folded, and where its quantizers go.
+def prepare(
+    owner: object, model: nn.Module, task: Task, skip: Sequence[str] = (), *, fold: bool = True
+) -> tuple[fx.GraphModule, Plan]:
+    """A traced copy of ``model``, with batch norms folded if ``fold``, and where its quantizers go.
 
     Raises:
         TransformError: no layer to quantize, or no module of a name that is skipped.
@@ -162,7 +164,8 @@ def prepare(owner: object, model: nn.Module, task: Task, skip: Sequence[str] = (
             f"modules are {', '.join(list(known)[1:9])}{', ...' if len(known) > 9 else ''}."
         )
     module = trace(model, task)
-    fold_batch_norms(module)
+    if fold:
+        fold_batch_norms(module)
     _split_silu(module)
     where = plan(module, skip)
     if not where.weights:
@@ -272,14 +275,7 @@ def round_outputs(
 
 def observe(module: fx.GraphModule, observers: dict[str, Observer], data: Dataset, settings: Int8, seed: int) -> None:
     """Run calibration data through the model; a second time for histograms."""
-    generator = torch.Generator().manual_seed(seed)
-    held = []
-    left = settings.calibration_items
-    for inputs, _ in batches(data, min(_BATCH, left), generator=generator):
-        held.append(inputs)
-        left -= _BATCH
-        if left <= 0:
-            break
+    held = list(calibration(data, settings.calibration_items, seed, torch.device("cpu")))
     module.eval()
     device = device_of(module)
     with torch.no_grad(), warnings.catch_warnings():

@@ -20,6 +20,7 @@ from netwright.compress._sparse_recipe_masks import (
 from netwright.compress._training import train
 from netwright.compress._weights import FlatWeights
 from netwright.core.errors import TransformError
+from netwright.core.parametrized import fold_parametrizations
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -85,7 +86,8 @@ class SparseRecipe:
 
     Differs: of the paper's recipe the extended schedule and the masks are here; label smoothing, averaging and
         resizing of images belong to the task's loss, recipe and data. The optimizer's state is kept when a dense phase
-        begins. The paper's search for layers of their own learning rate in language models is left out.
+        begins. The paper's search for layers of their own learning rate in language models is left out, as are a
+        moving average and a parameterization of the recipe; weights that the model has parametrized are folded.
 
     Cost: the epochs that are spent, as :meth:`epochs` says, plus a copy of the weights and of the mask; every change of
         the mask takes one selection of the largest of all weights.
@@ -141,6 +143,7 @@ class SparseRecipe:
         check_weights(self, model)
         report = progress or (lambda fraction, what: None)
         result = deepcopy(model)
+        fold_parametrizations(result)
         weights = FlatWeights(result, self.exclude)
         recipe = task.recipe or Recipe()
         [epochs] = shared_epochs(task, self.epochs(task) if budget is None else budget, [1.0])

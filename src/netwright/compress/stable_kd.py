@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from netwright.compress._blocks import Cut, channel, find_cuts, replaced, seen
+from netwright.compress._blocks import Cut, channel, features, find_cuts, replaced, seen
 from netwright.compress._settings import check_count, check_number, check_weights
 from netwright.compress._student import StudentSpec, build_student, check_student
 from netwright.compress._training import train
@@ -157,8 +157,9 @@ class StableKD:
 
     Raises:
         TransformError: a setting outside its range; on a call, outputs of teacher and student that do not match,
-            networks that cannot be cut, modules in ``at`` that do not exist or whose outputs differ in more than the
-            channels, weights that are not finite, or a task that trains by its own ``fit``.
+            networks that cannot be cut, modules in ``at`` that do not exist, that do not run once in a pass, or whose
+            outputs are no tensors or differ in more than the channels, weights that are not finite, or a task that
+            trains by its own ``fit``.
 
     Example:
         >>> from netwright.core.task import load_task
@@ -172,7 +173,8 @@ class StableKD:
     Distillation", 2023, arXiv 2312.13223.
 
     Differs: all blocks train in the same steps; cuts close one at a time from the input on, at times that are our
-    choice; where channels differ, the student learns to give what its next block makes of the teacher's features.
+    choice; where channels differ, the student learns to give what its next block makes of the teacher's features. A
+    parameterization of the recipe is left out, since it would rewrite the teacher too.
 
     Cost: a forward pass of the teacher for each step more than plain training, and one of both for each module when
     cuts are looked for. Memory: a copy of the teacher.
@@ -253,9 +255,8 @@ def _adapters(
             if path not in dict(model.named_modules()):
                 raise TransformError(f"{name}.at: the {who} has no module {path!r}. Look at named_modules().")
     inputs = beside(task.example(4), teacher)
-    with torch.no_grad():
-        theirs, _ = seen(teacher, [cut.teacher for cut in cuts], inputs)
-        own, _ = seen(student, [cut.student for cut in cuts], inputs)
+    theirs = features(owner, "teacher", teacher, [cut.teacher for cut in cuts], inputs)
+    own = features(owner, "student", student, [cut.student for cut in cuts], inputs)
     found: list[nn.Module] = []
     for cut in cuts:
         shapes = tuple(theirs[cut.teacher].shape), tuple(own[cut.student].shape)

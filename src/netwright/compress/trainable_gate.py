@@ -93,7 +93,8 @@ class TrainableGate:
     Differs: the paper appends layers of gates; here gates multiply the weights that read a unit, which is the same
         and needs no change of the model. Derived for this code: the scaling of both terms, which makes settings carry
         over between tasks, the falling target, the start by magnitude, the final cut by rank, which meets the budget
-        whatever the gates did, its blocks, and the last phase without gates.
+        whatever the gates did, its blocks, and the last phase without gates, the only one with a moving average and a
+        parameterization of the recipe.
 
     Cost: the training that ``budget`` allows (None: the recipe's epochs), of which ``search`` runs at full size with
         two passes over the weights more in each step; one trace, and two passes of two items for each group.

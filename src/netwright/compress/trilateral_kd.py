@@ -242,7 +242,7 @@ class TrilateralKD:
 
     Differs: the derivative by the ratios is written out and differenced, where the paper differentiates an unrolled
     step; it is exact for SGD and, as in the paper, takes one SGD step as stand-in for other optimizers. The sides alone
-    enter the fusion network, not the corners too, which are their sums up to the label.
+    enter the fusion network, not the corners too, their sums up to the label. A recipe's parameterization is left out.
 
     Cost: a forward pass of the teacher for each batch, and on every ``every``-th step two forward passes of the batch
     and one forward and backward pass of ``outer_items`` items: about three times plain training at ``every=1``.

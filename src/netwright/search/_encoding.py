@@ -112,7 +112,7 @@ class Encoding:
             kept = np.where([name in counted for name in self.names], row, -1.0)
             own: Sequence[float] = ()
             if self.space.features is not None:
-                own = self.space.features(params)
+                own = self.space.features(counted)
             self._known[mark] = valid, kept.tobytes(), tuple(map(float, own))
         return self._known[mark]
 

@@ -49,7 +49,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution or linear layer (one pixel), square in kernel and stride.
+    """One convolution, square in kernel and stride, or linear layer (one pixel for each place in an item).
 
     Args:
         channels_in: of the input.

@@ -1,5 +1,6 @@
 """The convolutions of a module, read off its trace."""
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ _PLAIN = (_aten.conv2d.default, _aten.conv2d.padding)
 
 def convolutions(model: nn.Module, inputs: Inputs, *, bits: int = 8) -> list[Convolution]:
     """The convolutions and linear layers of a module in the order in which they run.
+
+    A linear layer is a convolution of one pixel, or of as many, one above the other, as it has places in an item: the
+    tokens of a sequence, say.
 
     Other operations (normalization, activations, pooling, additions) are left out: an accelerator does them in passing.
 
@@ -44,8 +48,9 @@ def convolutions(model: nn.Module, inputs: Inputs, *, bits: int = 8) -> list[Con
         if node.target in _PLAIN:
             found.append(_convolution(node, bits))
         elif node.target is _aten.linear.default:
-            outputs, features = (int(size) for size in node.args[1].meta["val"].shape)
-            found.append(Convolution(features, outputs, bits=bits))
+            outputs, features = (int(size) for size in _value(node.args[1]).shape)
+            places = math.prod(int(size) for size in _value(node).shape[1:-1])
+            found.append(Convolution(features, outputs, places, bits=bits))
         elif "conv" in str(node.target) and isinstance(node.target, torch._ops.OpOverload):
             raise MappingError(f"{node.target} cannot be mapped: engines run plain two-dimensional convolutions only.")
     if not found:

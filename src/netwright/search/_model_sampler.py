@@ -3,7 +3,9 @@
 import threading
 import zlib
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from netwright.core.errors import SettingError
 from netwright.search._encoding import Encoding
 from netwright.search._proposer import Measured
-from netwright.search.space import SearchSpace, draw
+from netwright.search.space import SearchSpace, SpaceError, contains, draw
 
 __all__ = ["SPARE", "ModelSampler"]
 
@@ -32,9 +34,10 @@ class ModelSampler(BaseSampler):
     """Proposes by a model of everything measured, in batches, and keeps nothing that the history does not tell.
 
     The first ``start`` trials are random. Then the model is refitted whenever ``batch`` more trials are complete, and
-    trials take the next of its proposals that nobody has tried, is trying, or has failed with. Proposals depend on the
-    seed and on trials only, so a study that is resumed elsewhere goes on as it would have. A subclass says what is
-    proposed.
+    trials take the next of its proposals that nobody has tried, is trying, or has failed with. Where trials have
+    further decisions, which the model does not see, they take one proposal after the other, and the first again after
+    the last. Proposals depend on the seed and on trials only, so a study that is resumed elsewhere goes on as it would
+    have. A subclass says what is proposed.
 
     Args:
         space: what may be proposed; None for the decisions that all complete trials share, as Optuna's samplers do.
@@ -90,21 +93,25 @@ class ModelSampler(BaseSampler):
             return {}
         with self._lock:
             encoding = self._encoding(search_space)
-            trials = [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
-            complete = [other for other in trials if self._usable(other, encoding)]
-            tried = self._tried(trials, encoding)
+            others = self._others(study, trial)
+            complete = [other for other in others if self._usable(other, encoding)]
             if len(complete) < self._start:
-                return self._random(encoding, tried, self._rng(trial.number))
+                begun = _tried(others, encoding, trial.number)
+                return self._random(encoding, begun.keys | set(begun.uses), self._rng(trial.number))
             used = complete[: self._fitted(len(complete))]
             mark = (id(study), tuple(search_space), len(used), hash(tuple(other.number for other in used)), self._seed)
             if self._proposed is None or self._proposed[0] != mark:
-                avoid = self._tried(used, encoding) if tried else set()
+                avoid = _tried(used, encoding, trial.number).keys
                 self._proposed = mark, self._propose(encoding, self._measured(study, used, encoding), avoid)
-            found = self._first_new(encoding, self._proposed[1], tried)
-            if found is None and tried:
-                more = self._propose(encoding, self._measured(study, used, encoding), set(tried))
-                found = self._first_new(encoding, more, tried)
-            return self._random(encoding, tried, self._rng(trial.number)) if found is None else encoding.params(found)
+                others = self._others(study, trial)  # others may have begun in the meantime
+            tried = _tried(others, encoding, trial.number, since=used[-1].number)
+            found = tried.next(encoding, self._proposed[1])
+            if found is None:
+                more = self._propose(encoding, self._measured(study, used, encoding), set(tried.keys))
+                found = tried.next(encoding, more)
+            if found is None:
+                return self._random(encoding, tried.keys, self._rng(trial.number))
+            return encoding.params(found)
 
     @abstractmethod
     def _propose(self, encoding: Encoding, known: Measured, avoid: set[bytes]) -> Array:
@@ -137,13 +144,8 @@ class ModelSampler(BaseSampler):
         return _belongs(trial, encoding)
 
     @staticmethod
-    def _tried(trials: Sequence[FrozenTrial], encoding: Encoding) -> set[bytes]:
-        """Keys of what was tried; none where trials have decisions beyond the space, so that a repeat is none."""
-        known = set(encoding.names)
-        if any(not known.issuperset(trial.params) for trial in trials):
-            return set()
-        rows = [encoding.genes(trial.params) for trial in trials if trial.params and _belongs(trial, encoding)]
-        return set(encoding.keys(np.array(rows))) if rows else set()
+    def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+        return [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
 
     @staticmethod
     def _measured(study: Study, trials: Sequence[FrozenTrial], encoding: Encoding) -> Measured:
@@ -158,23 +160,21 @@ class ModelSampler(BaseSampler):
         )
 
     @staticmethod
-    def _first_new(encoding: Encoding, genes: Array, tried: set[bytes]) -> Array | None:
-        for row, key in zip(genes, encoding.keys(genes), strict=True):
-            if key not in tried:
-                found: Array = row
-                return found
-        return None
-
-    @staticmethod
     def _random(encoding: Encoding, tried: set[bytes], rng: np.random.Generator) -> dict[str, Any]:
         """A valid random candidate, new where one is found; of eight, the one least like what was tried."""
         rows = encoding.random(rng, 256)
-        if encoding.space.rules:
-            rows = rows[encoding.valid(rows)]
-        fresh = rows[[key not in tried for key in encoding.keys(rows)]] if len(rows) else rows
-        if len(fresh) == 0:
-            return encoding.params(rows[0]) if len(rows) else encoding.space.sample(rng)
-        fresh = fresh[:_APART]
+        spare: list[Array] = []
+        found: list[Array] = []
+        for first in range(0, len(rows), _APART):  # a few at a time, since a rule may take long
+            some = rows[first : first + _APART]
+            some = some[encoding.valid(some)]
+            spare += [*some[:1]]
+            found += [row for row, key in zip(some, encoding.keys(some), strict=True) if key not in tried]
+            if len(found) >= _APART:
+                break
+        if not found:
+            return encoding.params(spare[0]) if spare else encoding.space.sample(rng)
+        fresh = np.array(found[:_APART])
         others = np.array([np.frombuffer(key) for key in sorted(tried)])
         if len(others) == 0:
             return encoding.params(fresh[0])
@@ -184,15 +184,69 @@ class ModelSampler(BaseSampler):
         return encoding.params(fresh[int(np.argmax(nearest))])
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """What the other trials of a study leave to try.
+
+    Attributes:
+        keys: of candidates that were tried, are being tried, or failed.
+        uses: how often the model's decisions were taken since its last fit by trials with further decisions, where a
+            repeat is none.
+        waiting: trials between that fit and this one that run and have not told all decisions yet; each takes one of
+            the rows that are left.
+    """
+
+    keys: set[bytes]
+    uses: Counter[bytes]
+    waiting: int
+
+    def next(self, encoding: Encoding, genes: Array) -> Array | None:
+        """The row to try, of ``genes`` with the best first; None where every one was tried."""
+        keys = encoding.keys(genes)
+        left = [place for place, key in enumerate(keys) if key not in self.keys]
+        left.sort(key=lambda place: self.uses[keys[place]])
+        found: Array | None = genes[left[self.waiting % len(left)]] if left else None
+        return found
+
+
+def _tried(trials: Sequence[FrozenTrial], encoding: Encoding, number: int, since: int = -1) -> _Tried:
+    """What trials leave to try to the one of a number, the last fit having seen none beyond the number ``since``."""
+    closed: list[Array] = []
+    free: list[Array] = []
+    waiting = 0
+    for trial in trials:
+        if not _belongs(trial, encoding):
+            waiting += trial.state is TrialState.RUNNING and since < trial.number < number
+        elif not _has_more(trial, encoding):
+            closed.append(encoding.genes(trial.params))
+        elif trial.number > since:
+            free.append(encoding.genes(trial.params))
+    keys, uses = (encoding.keys(np.array(rows)) if rows else [] for rows in (closed, free))
+    return _Tried(set(keys), Counter(uses), waiting)
+
+
+def _has_more(trial: FrozenTrial, encoding: Encoding) -> bool:
+    """Whether a trial has a decision beyond the space that could have been another."""
+    further = trial.distributions.keys() - encoding.space.decisions.keys()
+    return any(not trial.distributions[name].single() for name in further)
+
+
 def _belongs(trial: FrozenTrial, encoding: Encoding) -> bool:
-    """Whether the trial's decisions can be read as a candidate of the space."""
+    """Whether the trial's decisions can be read as a candidate of the space: none is missing or out of its range."""
+    missing = False
     for name, distribution in encoding.space.decisions.items():
         if name not in trial.params:
             if name not in encoding.space.active:
                 return False
+            missing = True
         elif isinstance(distribution, CategoricalDistribution):
             if trial.params[name] not in distribution.choices:
                 return False
-        elif isinstance(trial.params[name], str | bool | None) or not np.isfinite(trial.params[name]):
+        elif isinstance(trial.params[name], str | bool) or not contains(distribution, trial.params[name]):
+            return False
+    if missing:
+        try:
+            encoding.space.reduced(trial.params)
+        except SpaceError:
             return False
     return True

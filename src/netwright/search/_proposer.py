@@ -1,6 +1,7 @@
 """The inner half of LINAS: from what was measured to the candidates that are worth measuring next."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -12,8 +13,9 @@ from scipy.stats import norm, qmc
 from netwright.core.errors import SettingError
 from netwright.search._encoding import Encoding
 from netwright.search._gain import directions, front_rows, reach
+from netwright.search._scale import Scale, bounded
 
-__all__ = ["Measured", "Scale", "Settings", "bounded", "minimized", "propose"]
+__all__ = ["Measured", "Settings", "goals", "minimized", "propose"]
 
 Array: TypeAlias = NDArray[np.float64]
 _SHORT_LIST = 256
@@ -30,7 +32,7 @@ class Settings:
     draws: int
     reference: tuple[float, ...] | None
     start: int
-    ideal: tuple[float, ...] | None = None
+    ideal: tuple[float, ...] | None = None  # an infinite one is none, whatever its sign
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,21 @@ class Measured:
     signs: Array
 
 
+def goals(name: str, given: Sequence[float] | None, *, finite: bool = True) -> tuple[float, ...] | None:
+    """A value for each objective, as it was given.
+
+    Raises:
+        SettingError: one of them is NaN, or infinite where it must be ``finite``.
+    """
+    if given is None:
+        return None
+    found = tuple(map(float, given))
+    for value in found:
+        if math.isnan(value) or (finite and math.isinf(value)):
+            raise SettingError(f"{name} must hold {'finite ' if finite else ''}numbers, got {value} in {found}.")
+    return found
+
+
 def minimized(name: str, given: tuple[float, ...] | None, known: Measured) -> tuple[float, ...] | None:
     """A value for each objective in the study's own sign, as for objectives that are all minimized.
 
@@ -56,53 +73,6 @@ def minimized(name: str, given: tuple[float, ...] | None, known: Measured) -> tu
     if given is not None and len(given) != count:
         raise SettingError(f"{name} has {len(given)} values for {count} objectives.")
     return None if given is None else tuple(known.signs * np.array(given))
-
-
-class Scale:
-    r"""The scale of each objective, told from the first, random points; how bad the bad is does not count.
-
-    With ``m`` the median and ``w = m - best`` the width of the good side of the first points, an objective becomes ``z
-    = (y - m) / w`` where ``y <= m`` and ``z = log(1 + (y - m) / w)`` beyond: smooth, one to one, and blind to the long
-    tail of candidates that do not work at all, which would else take up a predictor's whole attention. The hypervolume
-    ends at ``m + 2 w``.
-
-    Args:
-        values: all points ``(n, m)``, to be minimized.
-        start: how many of them were random.
-    """
-
-    def __init__(self, values: Array, start: int) -> None:
-        first = values[:start]
-        self.middle = np.median(first, axis=0)
-        width = self.middle - first.min(0)
-        width = np.where(width > 0, width, self.middle - values.min(0))
-        width = np.where(width > 0, width, values.std(0))
-        self.width = np.where(width > 0, width, 1.0)
-
-    def reference(self) -> Array:
-        """Where the hypervolume ends, ``(m,)``."""
-        found: Array = self.middle + 2.0 * self.width
-        return found
-
-    def warp(self, values: Array) -> Array:
-        """``z`` of ``y``."""
-        far = (values - self.middle) / self.width
-        return np.where(far > 0, np.log1p(np.maximum(far, 0.0)), far)
-
-    def unwarp(self, warped: Array) -> Array:
-        """``(y - m) / w`` of ``z``, in which the reference is 2."""
-        return np.where(warped > 0, np.expm1(np.clip(warped, 0.0, 50.0)), warped)
-
-
-def bounded(violations: Array) -> Array:
-    """``v / w`` up to 1, ``1 + log(v / w)`` beyond, with ``w`` three times the median of ``|v|``.
-
-    How far beyond a limit the far ones are counts little: else some candidates that do not work at all make a predictor
-    so unsure of everything that none looks infeasible.
-    """
-    width = 3.0 * float(np.median(np.abs(violations))) or float(np.abs(violations).max()) or 1.0
-    share = violations / width
-    return np.where(share > 1, 1.0 + np.log(np.maximum(share, 1.0)), share)
 
 
 class Model(Protocol):
@@ -145,6 +115,7 @@ def propose(
     end = scale.reference() if settings.reference is None else np.asarray(settings.reference, dtype=float)
     reference = (end - scale.middle) / scale.width
     best = np.full(len(end), -np.inf) if settings.ideal is None else np.asarray(settings.ideal, dtype=float)
+    best = np.where(np.isinf(best), -np.inf, best)
     box = _Box(reference, (best - scale.middle) / scale.width)
     score = _Score(look, scale, models, limits, good if feasible.any() else None, box, settings.draws, rng)
     pool = _evolve(encoding, known, values, feasible, score, avoid, settings, rng)

@@ -118,9 +118,13 @@ def steady(model: nn.Module) -> Iterator[None]:
 
 
 def descend(loss: Loss, weights: Sequence[nn.Parameter], mover: Optimizer, clip: float | None) -> float:
-    """One step of ``mover`` down the gradient of ``loss``, clipped to the norm ``clip``; the loss before it."""
+    """One step of ``mover`` down the gradient of ``loss``, clipped to the norm ``clip``; the loss before it.
+
+    No weight moves where the loss depends on none, as on a path of operations without weights.
+    """
     value = loss()
-    move(weights, torch.autograd.grad(value, weights, allow_unused=True), mover, clip)
+    if value.requires_grad:
+        move(weights, torch.autograd.grad(value, weights, allow_unused=True), mover, clip)
     return float(value.detach())
 
 

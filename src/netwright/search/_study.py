@@ -1,7 +1,6 @@
 """The study behind a search: Optuna proposes, the log is the truth, known candidates are answered from memory."""
 
 import math
-import numbers
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -57,6 +56,8 @@ class Search:
         self._before = max((float(line["finished_s"]) for line in lines), default=0.0)
         self._start, self._proposing, self._exhausted = time.monotonic(), 0.0, False
         self._rng = np.random.default_rng([seed, len(lines)])
+        self._next = 1 + max((entry.number for entry in self.entries), default=-1)
+        self._numbers: dict[int, int] = {}  # Optuna's own begin anew when a run resumes, and count repeats
         self._known: dict[Key, Evaluation | None] = {space.key(entry.params): entry for entry in self.entries}
         self.started = len(self.entries)
         level = optuna.logging.get_verbosity()
@@ -98,6 +99,8 @@ class Search:
         key = self._space.key(trial.params)
         if key not in self._known:
             self._known[key] = None
+            self._numbers[trial.number] = self._next
+            self._next += 1
             self.started += 1
             return trial, dict(key)
         self._answer(trial, self._known[key])
@@ -108,11 +111,11 @@ class Search:
         needed = [*self._objectives, *(limit.metric for limit in self._limits)]
         metrics, error = _read(answer, needed)
         violations = () if metrics is None else tuple(limit.violation(metrics) for limit in self._limits)
-        entry = Evaluation(trial.number, params, metrics, error, violations, answer.seconds)
+        entry = Evaluation(self._numbers.pop(trial.number), params, metrics, error, violations, answer.seconds)
         if self._folder is not None:
             self._folder.append(EVALUATIONS, {**line_of(entry), "finished_s": self._elapsed()})
         self.entries.append(entry)
-        self._known[self._space.key(params)] = entry
+        self._known[tuple(params.items())] = entry
         self._answer(trial, entry)
 
     def _answer(self, trial: optuna.Trial, entry: Evaluation | None) -> None:
@@ -149,10 +152,8 @@ class Search:
 
 def _read(answer: Answer, needed: Sequence[str]) -> tuple[dict[str, float] | None, str | None]:
     """The metrics of an answer, or why it is none."""
-    if answer.error is not None:
+    if answer.value is None:
         return None, answer.error
-    if not isinstance(answer.value, Mapping):
-        return None, f"the evaluation returned {type(answer.value).__name__}, not metrics by name"
     missing = [name for name in needed if name not in answer.value]
     if missing:
         return (
@@ -160,14 +161,10 @@ def _read(answer: Answer, needed: Sequence[str]) -> tuple[dict[str, float] | Non
             f"the evaluation returned no {missing[0]!r}; it returned {', '.join(map(repr, answer.value)) or 'nothing'}",
         )
     for name, value in answer.value.items():
-        if name in needed and not (isinstance(value, numbers.Real) and math.isfinite(value)):
-            return None, f"metric {name!r} is {value!r}"
-    kept = {
-        str(name): float(value)
-        for name, value in answer.value.items()
-        if isinstance(value, numbers.Real) and math.isfinite(value)
-    }
-    return kept, None
+        if name in needed and (isinstance(value, str) or not math.isfinite(value)):
+            return None, f"metric {name!r} is {value}"
+    metrics = {name: value for name, value in answer.value.items() if not isinstance(value, str)}
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}, None
 
 
 def line_of(entry: Evaluation) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import multiprocessing.context
+import numbers
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,9 +24,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Answer:
-    """What an evaluation returned, or why it did not, and its time."""
+    """What an evaluation returned, or why it did not, and its time.
 
-    value: Any
+    Attributes:
+        value: by name, what is a number as one, and anything else as it reads; None where there is an error.
+        error: why there is no value.
+        seconds: what it took.
+    """
+
+    value: Mapping[str, float | str] | None
     error: str | None
     seconds: float
 
@@ -71,7 +78,7 @@ class Workers(Generic[T]):
         self._evaluate, self.count = evaluate, count
         self._payload = packed(evaluate, "What evaluates candidates") if count > 1 else b""
         self._pool: ProcessPoolExecutor | None = None
-        self._running: dict[Future[Answer], tuple[T, Mapping[str, Any]]] = {}
+        self._running: dict[Future[Answer], tuple[T, Mapping[str, Any], float]] = {}
         self._ready: list[tuple[T, Answer]] = []
 
     @property
@@ -92,10 +99,12 @@ class Workers(Generic[T]):
         if self._pool is None:
             self._pool = ProcessPoolExecutor(self.count, mp_context=_context())
         try:
-            self._running[self._pool.submit(_remote, self._payload, dict(params))] = job, params
+            future = self._pool.submit(_remote, self._payload, dict(params))
         except BrokenProcessPool:
-            self._renew([])
+            self._ready += self._renew([])
             self.submit(job, params)
+        else:
+            self._running[future] = job, params, time.monotonic()
 
     def next(self) -> list[tuple[T, Answer]]:
         """What ended; waits for at least one."""
@@ -105,9 +114,9 @@ class Workers(Generic[T]):
         ended, _ = wait(self._running, return_when=FIRST_COMPLETED)
         lost = []
         for future in ended:
-            job, params = self._running.pop(future)
+            job, params, start = self._running.pop(future)
             try:
-                done.append((job, future.result()))
+                done.append((job, _result(future, start)))
             except BrokenProcessPool:
                 lost.append((job, params))
         return done + self._renew(lost) if lost else done
@@ -122,7 +131,7 @@ class Workers(Generic[T]):
 
     def _renew(self, lost: list[tuple[T, Mapping[str, Any]]]) -> list[tuple[T, Answer]]:
         """Answers of the jobs of a broken pool, each tried once more in a process of its own."""
-        lost += list(self._running.values())
+        lost += [(job, params) for job, params, _ in self._running.values()]
         self._running.clear()
         self.close()
         return [(job, self._alone(params)) for job, params in lost]
@@ -131,9 +140,24 @@ class Workers(Generic[T]):
         start = time.monotonic()
         with ProcessPoolExecutor(1, mp_context=_context()) as pool:
             try:
-                return pool.submit(_remote, self._payload, dict(params)).result()
+                return _result(pool.submit(_remote, self._payload, dict(params)), start)
             except BrokenProcessPool:
                 return Answer(None, "its process died twice, without an exception", time.monotonic() - start)
+
+
+def _result(future: Future[Answer], start: float) -> Answer:
+    """The answer of a process.
+
+    Raises:
+        BrokenProcessPool: it died.
+    """
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise
+    except Exception as error:  # what cannot be sent there or back fails its own candidate, not the search
+        words = f"it cannot be sent between processes: {type(error).__name__}: {error}"
+        return Answer(None, words, time.monotonic() - start)
 
 
 def _context() -> multiprocessing.context.BaseContext:
@@ -170,9 +194,22 @@ def opened(payload: bytes) -> Callable[[Mapping[str, Any]], Any]:
 def answer(evaluate: Callable[[Mapping[str, Any]], Any], params: Mapping[str, Any]) -> Answer:
     start = time.monotonic()
     try:
-        value = evaluate(dict(params))
+        value = _plain(evaluate(dict(params)))
     except NetwrightError as error:
         return Answer(None, str(error), time.monotonic() - start)
     except Exception as error:  # whatever a candidate raises is its result: the search goes on
         return Answer(None, f"{type(error).__name__}: {error}", time.monotonic() - start)
     return Answer(value, None, time.monotonic() - start)
+
+
+def _plain(value: Any) -> dict[str, float | str]:
+    """Metrics by name, of which any process can be told: numbers as such, anything else as it reads.
+
+    Raises:
+        NetwrightError: it is no mapping.
+    """
+    if not isinstance(value, Mapping):
+        raise NetwrightError(f"the evaluation returned {type(value).__name__}, not metrics by name")
+    return {
+        str(name): float(metric) if isinstance(metric, numbers.Real) else repr(metric) for name, metric in value.items()
+    }

@@ -14,7 +14,8 @@ from netwright.core.errors import SettingError
 from netwright.search._apq_predictor import Member, TransferredPredictor, pretrain, random_start, without_bits
 from netwright.search._encoding import Encoding
 from netwright.search._model_sampler import SPARE, ModelSampler
-from netwright.search._proposer import Measured, Scale, Settings, minimized, propose
+from netwright.search._proposer import Measured, Settings, goals, minimized, propose
+from netwright.search._scale import Scale
 from netwright.search.predictors import Stack, stack
 from netwright.search.space import Params, SearchSpace, SpaceError
 
@@ -64,8 +65,8 @@ class APQSampler(ModelSampler):
 
     Raises:
         SpaceError: bits that are no decision of the space, or full-precision candidates that are not of it.
-        SettingError: a setting out of its range, fewer than two scores or one that is not finite, or an objective or a
-            reference that does not fit the study's objectives.
+        SettingError: a setting out of its range, fewer than two scores or one that is not finite, a reference that is
+            not finite, or an objective or a reference that does not fit the study's objectives.
 
     Example:
         >>> import optuna
@@ -129,7 +130,7 @@ class APQSampler(ModelSampler):
                     )
         self._full_precision = _checked(space, self._bits, full_precision) if full_precision else []
         self._objective = objective
-        self._reference = None if reference is None else tuple(map(float, reference))
+        self._reference = goals("reference", reference)
         self._settings = population, generations, draws
         self._network = members, hidden, steps
 

@@ -90,7 +90,7 @@ def explore(
         epochs: of training the super-network; None is the recipe's.
         out: folder for the super-network, the log, and the ONNX files of the front.
         resume: go on with what lies there.
-        seed: source of all randomness.
+        seed: source of all randomness; a super-network that was trained in ``out`` needs the same again.
         workers: evaluations at a time; latency is then measured beside others.
         engine: "local" for this machine, "ray" for a Ray cluster (an extra).
         batch: items in a measured call.
@@ -98,8 +98,9 @@ def explore(
         progress: told the finished fraction and what is going on; None shows a bar with the time left.
 
     Raises:
-        SettingError: an unknown objective, or a setting out of its range.
-        RunDirectoryError: a folder that cannot be used, or holds a search of another task.
+        SettingError: an unknown objective, a setting out of its range, or nothing to resume.
+        RunDirectoryError: a folder that cannot be used, or holds a search of another task, or with a super-network from
+            another seed.
         RunLockedError: another process is searching in the folder.
 
     Cost: the training, then for each candidate what :class:`~netwright.search.measured.Measured` says.
@@ -114,10 +115,14 @@ def explore(
     for limit in checked(goals, constraints, evaluations, workers, budget_s, engine):
         if limit.metric not in METRICS:
             raise SettingError(f"Constraint {limit} speaks of {limit.metric!r}. Measured are {', '.join(METRICS)}.")
+    if resume and out is None:
+        raise SettingError("resume needs a search to go on with. Give its folder as out.")
     place = None if out is None else Path(out)
     with ExitStack() as stack:
         if place is not None:
-            settings = {"kind": "search", "task": task.name, "trained_here": net is None}
+            settings: dict[str, object] = {"kind": "search", "task": task.name, "trained_here": net is None}
+            if net is None:
+                settings["seed"] = seed  # it says which units of the untrained network are the longest
             stack.enter_context(_folder(place, resume, settings))
         report = progress or stack.enter_context(ConsoleProgress(f"search {task.name}")).update
         begun = _TRAINING if net is None else 0.0
@@ -150,9 +155,9 @@ def _folder(place: Path, resume: bool, settings: Mapping[str, object]) -> RunDir
         return folder.create(settings)
     folder.open()
     try:
-        stored = folder.read(MARK, *settings)
+        stored = folder.read(MARK, *(name for name in settings if name != "seed"))  # older versions had none
         for name, value in settings.items():
-            if stored[name] != value:
+            if stored.get(name, value) != value:
                 raise RunDirectoryError(
                     f"{place} holds a search with {name}={stored[name]!r}, not {value!r}. Resume with the same, or "
                     "give another folder."
@@ -173,7 +178,7 @@ def _super_net(task: Task, place: Path | None, epochs: float | None, seed: int, 
         return net
     recipe = task.recipe or Recipe()
     net.fit(
-        recipe if epochs is None else recipe.replace(epochs=epochs),
+        recipe if epochs is None else recipe.lasting(epochs),
         seed=seed,
         progress=lambda fraction, what: report(_TRAINING * fraction, f"super-network: {what}"),
     )

@@ -180,7 +180,7 @@ class GrowingNetwork:
         """
         recipe = task.recipe or Recipe()
         if budget is not None:
-            recipe = recipe.replace(epochs=budget)
+            recipe = recipe.lasting(budget)
         if task.fit is not None or task.loss is None:
             raise SettingError(
                 f"GrowingNetwork works within every iteration of training, but task {task.name!r} trains by its own "

@@ -184,7 +184,7 @@ class HAOMapper:
 
         Args:
             space: of networks.
-            workload: from a candidate to its convolutions.
+            workload: from a candidate, the decisions that count, to its convolutions.
             latency_ms: the limit.
 
         Raises:
@@ -208,8 +208,11 @@ class HAOMapper:
             return [*own, min(least(params), 1e3 * latency_ms)]
 
         words = f"its latency on the best hardware must be at most {latency_ms:g} ms"
-        rule = Rule(next(iter(space.decisions)), lambda params: least(params) <= latency_ms, words)
-        return SearchSpace(space.decisions, [*space.rules, rule], space.active, features, space.graph)
+        # a rule is asked only where the decision that it blames counts
+        always = [name for name in space.decisions if name not in space.active]
+        blamed = always[:1] or list(space.decisions)
+        limits = [Rule(name, lambda params: least(params) <= latency_ms, words) for name in blamed]
+        return SearchSpace(space.decisions, [*space.rules, *limits], space.active, features, space.graph)
 
     @property
     def _cycles_per_ms(self) -> float:

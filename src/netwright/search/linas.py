@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from netwright.core.errors import SettingError
 from netwright.search._encoding import Encoding
 from netwright.search._model_sampler import SPARE, ModelSampler
-from netwright.search._proposer import Measured, Settings, minimized, propose
+from netwright.search._proposer import Measured, Settings, goals, minimized, propose
 from netwright.search.predictors import Stack, stack
 from netwright.search.space import SearchSpace
 
@@ -22,8 +22,9 @@ class LINASSampler(ModelSampler):
     r"""Finds a front in few evaluations: predictors learn what was measured, evolution searches on the predictors.
 
     Reach for it whenever an evaluation costs a second or more, with one objective or several, with hard constraints or
-    without. It proposes nothing twice, takes what is being evaluated elsewhere into account, and derives everything
-    from the trials of the study, so that a study resumes, and several processes share it, without more ado.
+    without. It proposes nothing twice (but for trials that also decide what is not in its space), takes what is being
+    evaluated elsewhere into account, and derives everything from the trials of the study, so that a study resumes, and
+    several processes share it, without more ado.
 
     After ``start`` random candidates, and again after every ``batch`` complete ones:
 
@@ -40,7 +41,7 @@ class LINASSampler(ModelSampler):
        ``a(x) = P(feasible | x) * mean over draws d of [HV(F + y_d(x)) - HV(F)]``,
 
        ``F`` the measured front, ``y_d(x)`` the objectives drawn from the predictors: a candidate with uncertain
-       prospects is worth trying.
+       prospects is worth trying. A ``P(feasible | x)`` below 0.05 counts as 0.
     4. Of all candidates that evolution met the batch is taken one after the other, each the one with the largest ``a``
        given that, draw by draw, those taken before it have joined ``F``: near-twins gain little after the first.
 
@@ -53,12 +54,13 @@ class LINASSampler(ModelSampler):
         generations: of each inner search.
         draws: ``d`` above.
         reference: where the hypervolume ends, a value for each objective in the study's own sign; None for ``m + 2 w``.
-        ideal: values beyond which nothing more is gained, in the study's own sign, infinite where there is no such
-            value (an accuracy cannot surpass 1); None for all infinite.
+        ideal: values beyond which nothing more is gained, in the study's own sign, infinite (of either sign) where
+            there is no such value (an accuracy cannot surpass 1); None for all infinite.
         seed: source of randomness.
 
     Raises:
-        SettingError: a setting out of its range, or a reference or an ideal that does not fit the objectives.
+        SettingError: a setting out of its range, a reference that is not finite, an ideal that is NaN, or either with
+            another number of values than there are objectives.
 
     Example:
         >>> import optuna
@@ -101,8 +103,8 @@ class LINASSampler(ModelSampler):
         for name, value in (("population", population), ("generations", generations), ("draws", draws)):
             if value < 1:
                 raise SettingError(f"{name} must be at least 1, got {value}.")
-        self._reference = None if reference is None else tuple(map(float, reference))
-        self._ideal = None if ideal is None else tuple(map(float, ideal))
+        self._reference = goals("reference", reference)
+        self._ideal = goals("ideal", ideal, finite=False)
         self._settings = population, generations, draws
 
     def _propose(self, encoding: Encoding, known: Measured, avoid: set[bytes]) -> Array:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from netwright.search._relaxed_loop import Loss, Stepper, move, steady
 from netwright.search._relaxed_search import GradientSearch
-from netwright.search.relaxed import alphas, mixed, weights
+from netwright.search.relaxed import alphas, weights
 
 __all__ = ["RARTS", "alpha_gradient", "weight_gradient"]
 
@@ -112,10 +112,9 @@ class _Splitting(Stepper):
 
     def __init__(self, settings: RARTS, network: nn.Module) -> None:
         self._settings = settings
-        twin = copy.deepcopy(network)
-        for mine, theirs in zip(mixed(network).values(), mixed(twin).values(), strict=True):
-            theirs.alpha = mine.alpha
-        self._alphas, self._w, self._y = list(alphas(network).values()), weights(network), weights(twin)
+        self._alphas = list(alphas(network).values())
+        twin = copy.deepcopy(network, {id(alpha): alpha for alpha in self._alphas})  # alphas are shared
+        self._w, self._y = weights(network), weights(twin)
         self.networks = (network, twin)
         self.movers = (settings._mover(network), settings._mover(twin))
         self.others = (settings._alpha_mover(network),)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ __all__ = ["Params", "Rule", "SearchSpace", "SpaceError"]
 
 Params: TypeAlias = Mapping[str, Any]
 """A candidate: the value of every decision by name."""
-_DRAWS = 10_000  # random candidates without a valid one before the rules count as contradictory
+_DRAWS = 100_000  # random candidates without a valid one before there is taken to be none
 
 
 class SpaceError(SettingError):
@@ -49,13 +49,15 @@ class SearchSpace:
     """Named decisions as Optuna distributions, with the rules that candidates obey.
 
     Reach for it to say once what a candidate is: samplers of this wing propose valid candidates only, tell apart two
-    candidates only where they differ in a decision that counts, and see candidates through ``features``.
+    candidates only where they differ in a decision that counts, and see candidates through ``features``. Rules,
+    ``features`` and ``graph`` are told the decisions that count, and no others.
 
     Args:
         decisions: a distribution for every decision.
         rules: what must hold of a candidate; the first broken one is named.
         active: for a decision that counts only sometimes, when it does, told from the other decisions. The decisions of
-            a block of layers that is not there are an example.
+            a block of layers that is not there are an example. A condition sees the decisions that count; where it asks
+            for another one, its own decision does not count either.
         features: further numbers that describe a candidate to predictors, always as many.
         graph: the candidate as a graph, for samplers that look at structure.
 
@@ -109,19 +111,31 @@ class SearchSpace:
     def reduced(self, params: Params) -> dict[str, Any]:
         """The decisions of a candidate that count, in the order of the space.
 
+        They are the most for which every condition holds, told from them alone; so they are their own reduction.
+
         Raises:
             SpaceError: one of them is missing.
         """
-        known = {name: params[name] for name in self.decisions if name in params}
-        found = {name: value for name, value in known.items() if name not in self.active or self.active[name](known)}
-        missing = [
-            name
-            for name in self.decisions
-            if name not in params and (name not in self.active or self.active[name](known))
-        ]
-        if missing:
-            raise SpaceError(f"Decision {missing[0]!r} is missing from the candidate {dict(params)}.")
+        found = {name: params[name] for name in self.decisions if name in params}
+        while len(kept := {name: value for name, value in found.items() if self._counts(name, found)}) < len(found):
+            found = kept
+        for name in self.decisions:
+            if name not in params and self._counts(name, found):
+                raise SpaceError(f"Decision {name!r} is missing from the candidate {dict(params)}.")
         return found
+
+    def _counts(self, name: str, among: Params) -> bool:
+        """Whether a decision counts where no others than those in ``among`` do."""
+        if name not in self.active:
+            return True
+        seen = _Seen(among, self.decisions)
+        try:
+            holds = bool(self.active[name](seen))
+        except Exception:  # a condition may do anything with what it asked for in vain
+            if not seen.missed and not (seen.whole and len(among) < len(self.decisions)):
+                raise
+            return False
+        return holds and not seen.missed
 
     def key(self, params: Params) -> tuple[tuple[str, Any], ...]:
         """The same for two candidates exactly where they are the same network."""
@@ -146,7 +160,7 @@ class SearchSpace:
             if name not in self.decisions:
                 raise SpaceError(f"{name!r} is no decision of the space. Known are {', '.join(self.decisions)}.")
         for name, value in self.reduced(params).items():
-            if not _contains(self.decisions[name], value):
+            if not contains(self.decisions[name], value):
                 raise SpaceError(f"Decision {name!r} must be one of {_range(self.decisions[name])}, got {value!r}.")
         rule = self.broken(params)
         if rule is not None:
@@ -156,7 +170,7 @@ class SearchSpace:
         """A valid candidate, uniform over the decisions; with every decision, also those that do not count.
 
         Raises:
-            SpaceError: 10,000 candidates were invalid; the rules that they broke are named.
+            SpaceError: 100,000 candidates were invalid; the rules that they broke are named.
         """
         blamed: Counter[str] = Counter()
         for _ in range(_DRAWS):
@@ -167,9 +181,34 @@ class SearchSpace:
             blamed[f"{rule.decision!r} ({rule.words})"] += 1
         worst = ", ".join(f"{words} in {100 * count / _DRAWS:.0f}%" for words, count in blamed.most_common(3))
         raise SpaceError(
-            f"None of {_DRAWS} random candidates is valid, so the rules contradict each other. "
-            f"Broken were {worst}. Loosen a rule, or widen a decision."
+            f"None of {_DRAWS} random candidates is valid: the rules contradict each other, or leave fewer than about "
+            f"one in {_DRAWS // 3}. Broken were {worst}. Loosen a rule, or widen a decision."
         )
+
+
+class _Seen(Mapping[str, Any]):
+    """The decisions that count, as a condition sees them.
+
+    Attributes:
+        missed: whether it asked for another decision.
+        whole: whether it asked for all of them, so that it may have missed one in a copy.
+    """
+
+    def __init__(self, among: Params, decisions: Collection[str]) -> None:
+        self._among, self._decisions = among, decisions
+        self.missed, self.whole = False, False
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._among and name in self._decisions:
+            self.missed = True
+        return self._among[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self.whole = True
+        return iter(self._among)
+
+    def __len__(self) -> int:
+        return len(self._among)
 
 
 def draw(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
@@ -225,7 +264,8 @@ def _count(distribution: BaseDistribution) -> float:
     )
 
 
-def _contains(distribution: BaseDistribution, value: Any) -> bool:
+def contains(distribution: BaseDistribution, value: Any) -> bool:
+    """Whether a value is one of a distribution's."""
     try:
         return bool(distribution._contains(distribution.to_internal_repr(value)))
     except (ValueError, TypeError):

@@ -1,8 +1,7 @@
 """Super-networks: one set of weights from which every candidate of a space is cut."""
 
 import copy
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -66,7 +65,7 @@ class SuperNet:
         model: the largest network, trained or not; it is copied.
         task: its example input, data, loss and recipe.
         least: smallest width, as a share of the whole.
-        levels: widths for each group, equally spaced, the whole one included; fewer where a group has fewer units.
+        levels: widths for each group, equally spaced, the whole one included; a few more or fewer in small groups.
         depth: whether branches are decisions too.
         items: training items on which batch norms of an extracted network are set.
 
@@ -126,25 +125,25 @@ class SuperNet:
 
     def _elastic(self, least: float, levels: int) -> SearchSpace:
         decisions: dict[str, BaseDistribution] = {}
+        around: dict[str, tuple[str, ...]] = {}  # the branches that a decision lies in
         for branch in self._branches:
-            decisions[f"branch/{branch.name}"] = CategoricalDistribution((True, False))
-        active: dict[str, Callable[[Params], bool]] = {}
+            decisions[branch.decision] = CategoricalDistribution((True, False))
+            wider = (other for other in self._branches if branch.parameters and branch.parameters < other.parameters)
+            around[branch.decision] = tuple(other.decision for other in wider)
         for name, order in self._orders.items():
             size = len(order)
             step = max(1, round(size * (1 - least) / (levels - 1)))
-            count = math.floor((size - max(1, round(least * size))) / step)
+            count = (size - max(1, round(least * size))) // step
             if count:
                 decisions[f"width/{name}"] = IntDistribution(size - count * step, size, step=step)
-                for branch in self._branches:
-                    if name in branch.groups:
-                        active[f"width/{name}"] = _Present(f"branch/{branch.name}")
+                around[f"width/{name}"] = tuple(each.decision for each in self._branches if name in each.groups)
         if not decisions:
             stopped = "; ".join(f"{item.name}: {item.operation} ({item.reason})" for item in self._graph.blocked[:5])
             raise SettingError(
                 f"Nothing in {type(self.model).__name__} is elastic: it has no residual branch, and no group of units "
                 f"that can be cut exactly. What stood in the way: {stopped or 'no layers'}."
             )
-        return SearchSpace(decisions, active=active)
+        return SearchSpace(decisions, active={name: _Present(within) for name, within in around.items() if within})
 
     def largest(self) -> dict[str, Any]:
         """The whole network as a candidate."""
@@ -206,7 +205,7 @@ class SuperNet:
 
     def _taken(self, params: Params) -> tuple[list[str], dict[str, list[int]]]:
         """The branches that go, and the units that go elsewhere."""
-        gone = [branch for branch in self._branches if not params[f"branch/{branch.name}"]]
+        gone = [branch for branch in self._branches if not params.get(branch.decision, True)]
         within = {name for branch in gone for name in branch.groups}
         units = {}
         for name, order in self._orders.items():
@@ -218,21 +217,22 @@ class SuperNet:
 
 @dataclass(frozen=True)
 class _Part:
-    """A residual branch: its name, and what goes with it."""
+    """A residual branch: its name, its decision's, and what goes with it."""
 
     name: str
+    decision: str
     groups: frozenset[str]
     parameters: frozenset[str]
 
 
 @dataclass(frozen=True)
 class _Present:
-    """Whether a branch is there."""
+    """Whether branches are all there."""
 
-    decision: str
+    decisions: tuple[str, ...]
 
     def __call__(self, params: Mapping[str, Any]) -> bool:
-        return bool(params.get(self.decision, True))
+        return all(params[name] for name in self.decisions)
 
 
 class _Drawn(nn.Module):
@@ -293,5 +293,5 @@ def _branches(model: nn.Module, graph: Graph, inputs: Inputs) -> Sequence[_Part]
         left = {name for name, _ in without_branches(model, traced, [branch.name]).named_parameters()}
         lost = {name for name, _ in model.named_parameters()} - left
         groups = [each.name for each in graph.groups if not any(place.parameter in left for place in each.places)]
-        parts.append(_Part(branch.name, frozenset(groups), frozenset(lost)))
+        parts.append(_Part(branch.name, f"branch/{branch.name}", frozenset(groups), frozenset(lost)))
     return tuple(parts)

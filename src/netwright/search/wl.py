@@ -12,7 +12,8 @@ from optuna import Study
 from netwright.core.errors import SettingError
 from netwright.search._encoding import Encoding
 from netwright.search._model_sampler import SPARE, ModelSampler
-from netwright.search._proposer import Measured, Scale, Settings, propose
+from netwright.search._proposer import Measured, Settings, propose
+from netwright.search._scale import Scale
 from netwright.search.space import SearchSpace
 from netwright.search.wl_process import WLProcess, subtrees
 
@@ -47,7 +48,7 @@ class WLSampler(ModelSampler):
     :class:`~netwright.search.linas.LINASSampler` is the better choice.
 
     The first ``start`` candidates are random. Then each objective's process (:class:`WLProcess`) is fitted, and the
-    next batch is taken from a pool of random candidates and mutations of the best by expected improvement; with several
+    next batch is taken from a pool of random candidates and children of the best by expected improvement; with several
     objectives by expected gain of hypervolume, as LINAS does.
 
     Args:
@@ -55,7 +56,8 @@ class WLSampler(ModelSampler):
         start: random candidates before the first process.
         batch: complete trials between two fits.
         depth: largest depth of subtrees; the data choose one up to it.
-        pool: candidates in the pool of a fit, half random, half mutated, then mutated twice again.
+        pool: random candidates of a fit; as many children of the best measured ones join them, then, twice, as many of
+            the best of all these.
         draws: samples of the expectation.
         seed: source of randomness.
 
@@ -187,7 +189,7 @@ class WLSampler(ModelSampler):
         if mark not in self._remembered:
             if len(self._remembered) > 50_000:
                 self._remembered.clear()
-            self._remembered[mark] = subtrees(self._graph(encoding.params(row)), self._depth)
+            self._remembered[mark] = subtrees(self._graph(encoding.space.reduced(encoding.params(row))), self._depth)
         return self._remembered[mark]
 
     def _propose(self, encoding: Encoding, known: Measured, avoid: set[bytes]) -> Array:

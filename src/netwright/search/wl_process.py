@@ -52,8 +52,7 @@ class WLProcess:
     eigendecomposition of ``K``.
 
     Args:
-        vocabulary: for each depth, the subtrees with a column of their own.
-        depths: largest ``h`` tried.
+        vocabulary: for each depth that is tried, the subtrees with a column of their own.
 
     Cost: ``O(h n^3)`` for ``n`` observations, at most 400: beyond, the best half and the newest half are kept.
     """

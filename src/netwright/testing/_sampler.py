@@ -40,9 +40,10 @@ def check_sampler(
     ``conditional``   decisions that depend on others are sampled
     ``objectives``    two and three objectives, of either direction
     ``constraints``   trials with constraints, also where none is feasible
-    ``parallel``      many asks before the first tell give trials that differ
+    ``parallel``      many asks before the first tell, and suggestions in turns, give trials that differ,
+                      also beside a decision that has one value
     ``reseed``        ``reseed_rng`` makes two equal samplers differ
-    ``random_state``  the global random state is left as it was
+    ``random_state``  the global random states of torch, NumPy and Python are left as they were
     ================= ====================================================================================
 
     Args:
@@ -59,7 +60,7 @@ def check_sampler(
         >>> from optuna.samplers import RandomSampler
         >>> check_sampler(lambda seed: RandomSampler(seed=seed), history=False, skip=["pickle"])
 
-    Cost: about fifteen times ``trials`` suggestions.
+    Cost: about sixteen times ``trials`` suggestions.
     """
     left_out = {*skip, *(() if multi_objective else ("objectives",)), *(() if history else ("history",))}
     name = type(make_sampler(0)).__name__

@@ -15,6 +15,7 @@ from optuna.study import StudyDirection
 from optuna.trial import Trial, TrialState, create_trial
 
 from netwright.core.randomness import save_states
+from netwright.testing._compare import equal
 from netwright.testing._property import expect
 
 __all__ = ["PROPERTIES", "Case"]
@@ -61,11 +62,13 @@ def _values(params: Mapping[str, Any], objectives: int) -> list[float]:
     return [float(error), -float(size), float(params["depth"])][:objectives]
 
 
-def _go_on(study: optuna.Study, count: int, objectives: int = 1) -> list[dict[str, Any]]:
+def _go_on(
+    study: optuna.Study, count: int, objectives: int = 1, space: Mapping[str, BaseDistribution] = _SPACE
+) -> list[dict[str, Any]]:
     found = []
     with _quiet():
         for _ in range(count):
-            trial = study.ask(dict(_SPACE))
+            trial = study.ask(dict(space))
             found.append(dict(trial.params))
             study.tell(trial, _values(trial.params, objectives))
     return found
@@ -184,15 +187,32 @@ def _constraints(case: Case) -> None:
 
 
 def _parallel(case: Case) -> None:
-    study = case.study(case.make(7))
-    _go_on(study, case.trials)
-    with _quiet():
-        asked = [study.ask(dict(_SPACE)) for _ in range(8)]
-        different = {tuple(trial.params.items()) for trial in asked}
-        expect(len(different) > 1, f"eight asks before a tell all gave {asked[0].params}")
-        for trial in reversed(asked):
-            study.tell(trial, _values(trial.params, 1))
-    _go_on(study, 2)
+    fixed = CategoricalDistribution(("one",))
+    for space in (_SPACE, {**_SPACE, "fixed": fixed}):
+        study = case.study(case.make(7))
+        _go_on(study, case.trials, space=space)
+        with _quiet():
+            asked = [study.ask(dict(space)) for _ in range(8)]
+            different = {tuple(trial.params.items()) for trial in asked}
+            expect(len(different) >= 7, f"eight asks before a tell gave {len(different)} that differ: {different}")
+            for trial in reversed(asked):
+                study.tell(trial, _values(trial.params, 1))
+        _go_on(study, 2, space=space)
+        with _quiet():
+            one, other = study.ask(), study.ask()
+            for name, distribution in space.items():
+                for trial in (one, other):
+                    _suggest(trial, name, distribution)
+            expect(one.params != other.params, f"two trials that suggest in turns both get {one.params}")
+
+
+def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
+    if isinstance(distribution, CategoricalDistribution):
+        trial.suggest_categorical(name, distribution.choices)
+    elif isinstance(distribution, IntDistribution):
+        trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+    elif isinstance(distribution, FloatDistribution):
+        trial.suggest_float(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
 
 
 def _reseed(case: Case) -> None:
@@ -203,9 +223,11 @@ def _reseed(case: Case) -> None:
 
 
 def _random_state(case: Case) -> None:
-    before = str(save_states())
+    before = save_states()
     _go_on(case.study(case.make(9)), case.trials)
-    expect(str(save_states()) == before, "the global random state of Python or NumPy moved")
+    after = save_states()
+    moved = [name for name in before if not equal(before[name], after[name])]
+    expect(not moved, f"the global random state of {', '.join(moved)} moved")
 
 
 PROPERTIES: Mapping[str, Callable[[Case], None]] = {

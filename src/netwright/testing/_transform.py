@@ -6,7 +6,8 @@ from netwright.core.task import Task
 from netwright.core.transform import Transform
 from netwright.testing._property import expect, run_properties
 from netwright.testing._tasks import small_tasks
-from netwright.testing._transform_properties import PROPERTIES, Case
+from netwright.testing._transform_case import Case
+from netwright.testing._transform_properties import PROPERTIES
 
 __all__ = ["check_transform", "transform_properties"]
 
@@ -50,7 +51,9 @@ def check_transform(
     ``device``       a model on CUDA gives a result on CUDA that computes there what it computes on the CPU
     ================ =====================================================================================
 
-    ``device`` is checked where there is a CUDA device.
+    ``device`` is checked where there is a CUDA device. For ``budget`` the items are counted whose loss is taken with
+    gradients, or, where a method has a loss of its own, the steps of optimizers, of which an epoch has as many as the
+    recipe says.
 
     Args:
         make_transform: builds the transform.

@@ -5,111 +5,28 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from netwright.core.artifact import OnnxModule, export_onnx
-from netwright.core.data import Batch, Dataset, Inputs, batches, first_inputs, to_device
+from netwright.core.data import to_device
 from netwright.core.errors import NetwrightError
 from netwright.core.graph.export import arguments, export_model
-from netwright.core.randomness import seeded
-from netwright.core.task import Task
+from netwright.core.randomness import isolated
+from netwright.core.recipe import Recipe
 from netwright.core.transform import Chain, Transform
 from netwright.testing._compare import described, equal, facts, gap, outputs
 from netwright.testing._property import expect
+from netwright.testing._transform_case import Case
 
-__all__ = ["PROPERTIES", "Case"]
+__all__ = ["PROPERTIES"]
 
 _BATCH_SIZES = (1, 3)
-
-
-class Case:
-    """One transform on one task."""
-
-    def __init__(self, make: Callable[[], Transform], task: Task, seed: int, onnx_tolerance: float) -> None:
-        expect(
-            isinstance(task.model, nn.Module) and task.loss is not None,
-            f"Task {task.name!r} needs a trained module as its model, and a loss.",
-        )
-        self.make, self.task, self.seed, self.onnx_tolerance = make, task, seed, onnx_tolerance
-        self._model = copy.deepcopy(task.build()).eval()
-
-    def model(self) -> nn.Module:
-        """A fresh copy of the task's model, in eval mode."""
-        return copy.deepcopy(self._model)
-
-    def apply(self, model: nn.Module, **arguments: Any) -> nn.Module:
-        """What the transform makes of ``model``."""
-        task = arguments.pop("task", self.task)
-        return self.make()(model, task, **{"seed": self.seed, **arguments})
-
-    @cached_property
-    def observed(self) -> "Observed":
-        """One application, with all that can be seen of it at once: methods may take a while."""
-        model, calls, test = self.model().train(), list[tuple[float, str]](), _Watched(self.task.data.test)
-        task = dataclasses.replace(self.task, data=dataclasses.replace(self.task.data, test=test))
-        with seeded(1):  # not the state in which :func:`_determinism` applies it again
-            before = torch.get_rng_state()
-            result = self.apply(model, task=task, progress=lambda fraction, what: calls.append((fraction, what)))
-            drawn = not torch.equal(before, torch.get_rng_state())
-        return Observed(model, result, drawn, test.read, calls)
-
-    @property
-    def result(self) -> nn.Module:
-        """The transformed model; not to be changed."""
-        return self.observed.result
-
-    def inputs(self, size: int) -> Inputs:
-        """The first inputs of the validation set."""
-        return first_inputs(self.task.data.val, size)
-
-    def batch(self) -> Batch:
-        """The first eight training items."""
-        return next(batches(self.task.data.train, 8))
-
-
-@dataclasses.dataclass(frozen=True)
-class Observed:
-    """One application of a transform.
-
-    Args:
-        model: what it was given, in training mode.
-        result: what it returned.
-        drawn: whether the global random state moved.
-        read: whether the test split was read.
-        calls: of ``progress``.
-    """
-
-    model: nn.Module
-    result: nn.Module
-    drawn: bool
-    read: bool
-    calls: list[tuple[float, str]]
-
-
-class _Watched:
-    """A dataset that knows whether it was read."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset, self.read = dataset, False
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        self.read = True
-        return self.dataset[index]
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else the dataset has, such as its tensors, is read as well."""
-        if name == "dataset" or name.startswith("__"):
-            raise AttributeError(name)
-        self.read = True
-        return getattr(self.dataset, name)
 
 
 def _settings(case: Case) -> None:
@@ -135,6 +52,8 @@ def _untouched(case: Case) -> None:
     for module in list(model.modules())[::2]:
         module.training = True  # a mixture, so that a blanket train() or eval() shows
     next(iter(model.parameters())).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
     before = facts(model)
     case.apply(model)
     after = facts(model)
@@ -143,7 +62,8 @@ def _untouched(case: Case) -> None:
 
 
 def _random_state(case: Case) -> None:
-    expect(not case.observed.drawn, "the global random state of torch was advanced.")
+    drawn = case.observed.drawn
+    expect(not drawn, f"the global random state of {' and of '.join(drawn)} was advanced.")
 
 
 def _result(case: Case) -> None:
@@ -173,7 +93,7 @@ def _finite(case: Case) -> None:
 
 
 def _determinism(case: Case) -> None:
-    with seeded(2):
+    with isolated(2):
         again = case.apply(case.model().train())
     first, second = (dict(result.state_dict()) for result in (case.result, again))
     expect(equal(first, second), "two results of the same seed have different weights.")
@@ -233,15 +153,38 @@ def _test_split(case: Case) -> None:
 
 def _budget(case: Case) -> None:
     items = len(case.task.data.train)
-    basis = _trained_items(case, 0.0)
+    steps = max(1, items // (case.task.recipe or Recipe()).batch_size)
+    basis = _trained(case, 0.0)
     for budget in (1.0, 2.5):
-        spent = (_trained_items(case, budget) - basis) / items
+        found = _trained(case, budget)
+        spent = (found.items - basis.items) / items
+        if spent <= 0:  # a loss of the method's own
+            spent = (found.steps - basis.steps) / steps
         expect(spent <= budget + 1e-9, f"with budget={budget} it trained {spent:.3g} epochs more than with budget=0.")
+        expect(
+            spent > 0 or equal(found.state, basis.state),
+            f"the results of budget={budget} and budget=0 differ, but neither the task's loss with gradients nor an "
+            "optimizer's step was seen, so that its training cannot be counted.",
+        )
 
 
-def _trained_items(case: Case, budget: float) -> int:
-    """Items whose loss was taken with gradients."""
-    count = 0
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """What came of a budget.
+
+    Args:
+        items: those whose loss was taken with gradients.
+        steps: of optimizers.
+        state: the result's weights and buffers.
+    """
+
+    items: int
+    steps: int
+    state: dict[str, Any]
+
+
+def _trained(case: Case, budget: float) -> _Trained:
+    count, steps = 0, _Steps()
     loss = case.task.loss
 
     def counted(output: Any, target: Tensor) -> Tensor:
@@ -250,8 +193,26 @@ def _trained_items(case: Case, budget: float) -> int:
         assert loss is not None
         return loss(output, target)
 
-    case.apply(case.model(), task=dataclasses.replace(case.task, loss=counted), budget=budget)
-    return count
+    hook = register_optimizer_step_post_hook(steps)
+    try:
+        result = case.apply(case.model(), task=dataclasses.replace(case.task, loss=counted), budget=budget)
+    finally:
+        hook.remove()
+    return _Trained(count, steps.count, dict(result.state_dict()))
+
+
+class _Steps:
+    """Counts steps of optimizers; steps of several that take turns count as one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._moved: set[Optimizer] = set()
+
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
+        if not self._moved or optimizer in self._moved:
+            self.count += 1
+            self._moved = set()
+        self._moved.add(optimizer)
 
 
 def _progress(case: Case) -> None:

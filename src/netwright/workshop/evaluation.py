@@ -231,7 +231,9 @@ class Evaluator:
         subject = self._subject
         if model is subject.model:
             model = copy.deepcopy(model)
-        recipe = subject.recipe.scaled(rate).lasting(epochs).replace(keep_zeros=is_sparse(model))
+        recipe = subject.recipe.scaled(rate).lasting(epochs)
+        if is_sparse(model):  # a parameterization would have no zeros to keep
+            recipe = recipe.replace(keep_zeros=True, parameterization=None)
         result = fit(model, subject.task, recipe, seed=seed, teacher=subject.teacher, progress=progress, validate=False)
         return result.model, result.history
 

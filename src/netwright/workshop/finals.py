@@ -55,6 +55,30 @@ class Finals:
         needed = max(max(spent, default=math.inf), math.fsum(spent) / self.plan.workers)
         return min(self.plan.final_seconds, _MARGIN * needed)
 
+    def first(self) -> Request | None:
+        """The first full recovery, where it is better done in the middle of the search.
+
+        That is where no candidate keeps the score: what it gives back says which of them a full recovery can save, and
+        so what to look for. None where one keeps it, or where a full recovery has been done.
+        """
+        if self.study.gains or kept_outcomes(self.run_directory):
+            return None
+        floor = self.baseline.val + self.job.keep.change
+        points = [entry.point for entry in self.study.entries if entry.point is not None]
+        entry = None if any(point.val >= floor for point in points) else self._next([], [], 1)
+        if entry is None:
+            return None
+        return self._request(entry, max(self.plan.final_seconds / _FINALISTS, self.plan.candidate_seconds))
+
+    def keep(self, outcome: Outcome) -> None:
+        """Write a full recovery that is done, and let the study learn from it."""
+        keep_outcome(self.run_directory, outcome)
+        self.recall()
+
+    def recall(self) -> None:
+        """Let the study learn from every full recovery that is on disk."""
+        self.study.learn(self._gains(kept_outcomes(self.run_directory)))
+
     def run(self, engine: Engine, clock: Callable[[], float], tell: Callable[[str], None]) -> list[Outcome]:
         """Recover those who promise most, and further ones while the time allows.
 
@@ -81,15 +105,7 @@ class Finals:
                     break
                 begun.append(entry.number)
                 flying[entry.number] = entry.point
-                engine.submit(
-                    Request(
-                        number=entry.number,
-                        steps=entry.point.steps,
-                        seconds=seconds,
-                        seed=self.job.seed + entry.number,
-                        deliver=True,
-                    )
-                )
+                engine.submit(self._request(entry, seconds))
             if not flying:
                 return outcomes
             for outcome in engine.wait(_TICK):
@@ -97,6 +113,10 @@ class Finals:
                 keep_outcome(self.run_directory, outcome)
                 outcomes.append(outcome)
             tell(f"full recovery of the most promising, {len(outcomes)} of {max(count, len(begun))} done")
+
+    def _request(self, entry: Entry, seconds: float) -> Request:
+        assert entry.point is not None
+        return Request(entry.number, entry.point.steps, seconds, self.job.seed + entry.number, deliver=True)
 
     def _shares(self, rounds: int, elapsed: float) -> tuple[float, float]:
         """Training time of one, and what else it takes, where so many follow one another."""
@@ -121,11 +141,13 @@ class Finals:
         """How much score the full recoveries gave back."""
         briefly = {entry.number: entry.point.val for entry in self.study.entries if entry.point is not None}
         return [
-            outcome.point.val - briefly[outcome.request.number] for outcome in outcomes if outcome.point is not None
+            outcome.point.val - briefly[outcome.request.number]
+            for outcome in outcomes
+            if outcome.point is not None and outcome.request.number in briefly
         ]
 
     def _next(
-        self, begun: Sequence[int], standing: Sequence[Point], workers: int, gains: Sequence[float] = ()
+        self, begun: Sequence[int], standing: Sequence[Point], workers: int, gains: Sequence[float] | None = None
     ) -> Entry | None:
         """Who follows; in the first round one for each worker, for it costs no time."""
         waiting = {
@@ -135,7 +157,8 @@ class Finals:
         }
         candidates = [one for _, one in waiting.values()]
         insure = len(begun) < workers
+        known = self.study.gains if gains is None else gains
         found = next_finalist(
-            candidates, standing, self.baseline, self.job.limits, self.job.keep, insure=insure, gains=gains
+            candidates, standing, self.baseline, self.job.limits, self.job.keep, insure=insure, gains=known
         )
         return None if found is None else waiting[id(found.point)][0]

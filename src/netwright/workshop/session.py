@@ -28,6 +28,7 @@ from netwright.workshop.study import Proposal, Study
 __all__ = ["Session", "make_engine"]
 
 _TICK = 0.25  # seconds between looks at the clock
+_SEEN = 12  # candidates after which, if none keeps the score, one is recovered in full
 _TEACHER_SHARE = 0.1  # of the budget may go into the teacher's outputs
 _CLOCK = "clock.json"
 
@@ -102,6 +103,7 @@ class Session:
         engine = make_engine(self.job.engine, self._subject(baseline), plan.workers)
         try:
             finals = Finals(self.run, self.job, baseline.point, study, plan)
+            finals.recall()
             self._search(engine, study, plan, finals, self._findings)
             self._mark("search")
             outcomes = finals.run(engine, self.elapsed, self._tell)
@@ -141,15 +143,21 @@ class Session:
     def _search(self, engine: Engine, study: Study, plan: Plan, finals: Finals, findings: Findings) -> None:
         """Propose and evaluate until the time for it ends, nothing new is found, or everything fails."""
         flying: dict[int, Proposal] = {}
+        recovering = 0
         spent = [entry.seconds for entry in study.entries]
         exhausted = False
         while True:
             usual = statistics.median(spent) if spent else plan.candidate_seconds
             while (
-                len(flying) < engine.workers
+                len(flying) + recovering < engine.workers
                 and not exhausted
                 and self._may_start(study, plan, finals, len(flying), usual)
             ):
+                first = finals.first() if len(study.entries) >= _SEEN and not recovering else None
+                if first is not None:
+                    recovering = 1
+                    engine.submit(first)
+                    continue
                 proposal = study.ask()
                 if proposal is None:
                     exhausted = True
@@ -164,9 +172,13 @@ class Session:
                         params=proposal.params,
                     )
                 )
-            if not flying:
+            if not flying and not recovering:
                 return
             for outcome in engine.wait(_TICK):
+                if outcome.request.deliver:
+                    recovering = 0
+                    finals.keep(outcome)
+                    continue
                 study.tell(flying.pop(outcome.request.number), outcome, self.elapsed())
                 spent.append(outcome.seconds)
                 self._save_clock()

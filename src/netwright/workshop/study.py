@@ -104,8 +104,9 @@ class Study:
             key(space.steps(entry.params) if entry.point is None else entry.point.steps) for entry in self.entries
         }
         self._rng = np.random.default_rng([seed, len(lines)])
-        self._study = self._open(run.path / _JOURNAL, self._sampler(sampler, seed + len(lines)))
-        self._study.add_trials([self._frozen(line) for line in lines])
+        self._kind, self._seed = sampler, seed
+        self.gains: tuple[float, ...] = ()
+        self._study = self._made(lines)
 
     def ask(self) -> Proposal | None:
         """The next candidate, one that was not proposed before; None when the sampler finds no other.
@@ -175,8 +176,10 @@ class Study:
         entry = _entry(line)
         self.entries.append(entry)  # first, so that an interruption while it is written out still counts it
         self._run.append(EVALUATIONS, line)
-        if entry.point is None:
-            self.failed += 1
+        self.failed += entry.point is None
+        if proposal.trial.study is not self._study:  # proposed before the study was made anew
+            self._study.add_trial(self._frozen(line))
+        elif entry.point is None:
             self._study.tell(proposal.trial, state=TrialState.FAIL)
         else:
             proposal.trial.set_constraint(_FLOOR, self._violation(entry))
@@ -191,6 +194,21 @@ class Study:
         """Why most of those failed that did; empty where none did."""
         counts = Counter(entry.error or "" for entry in self.entries if entry.point is None)
         return counts.most_common(1)[0][0] if counts else ""
+
+    def learn(self, gains: Sequence[float]) -> None:
+        """Take into account what full recoveries gave back.
+
+        They say how much score a candidate may lack, so the sampler sees all that was evaluated anew.
+        """
+        if tuple(gains) != self.gains:
+            self.gains = tuple(gains)
+            self._study = self._made(self._run.lines(EVALUATIONS))
+
+    def _made(self, lines: Sequence[Mapping[str, Any]]) -> optuna.Study:
+        """A study of what the lines tell."""
+        made = self._open(self._run.path / _JOURNAL, self._sampler(self._kind, self._seed + len(lines)))
+        made.add_trials([self._frozen(line) for line in lines])
+        return made
 
     def _sampler(self, name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
         if name == "nsga2":
@@ -236,7 +254,7 @@ class Study:
     def _violation(self, entry: Entry) -> float:
         """How far a candidate is from a score that a full recovery may well raise to the floor."""
         assert entry.point is not None
-        return self._floor - entry.point.val - _HOPED * regain(self._keep, self.trained(entry))
+        return self._floor - entry.point.val - _HOPED * regain(self._keep, self.trained(entry), self.gains)
 
 
 def _entries(path: Path, lines: Sequence[Mapping[str, Any]]) -> list[Entry]:
