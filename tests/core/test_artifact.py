@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
+import zipfile
 
 import onnx
 import pytest
@@ -130,6 +132,7 @@ def test_onnx_module_copies_and_pickles(conv, tmp_path):
     path, x = tmp_path / "model.onnx", torch.randn(2, 3, 6, 6)
     export_onnx(conv, x, path)
     module = OnnxModule(path, threads=2).eval()
+    assert next(module.parameters()).device == torch.device("cpu"), "code that asks where a model is has an answer"
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert other.threads == 2
         assert torch.equal(other(x), module(x))
@@ -205,6 +208,34 @@ def test_program_runs_in_plain_torch(conv, tmp_path):
         "assert not any(name.startswith('netwright') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+
+
+def test_program_holds_nothing_of_the_data(tmp_path):
+    path, generator = tmp_path / "model.pt2", torch.Generator().manual_seed(0)
+    mask = torch.rand(3, 4, generator=generator) + 1
+    model, inputs = Named(), {"tokens": torch.randint(1, 11, (3, 4), generator=generator), "mask": mask}
+    save_program(model, inputs, path)
+    content = b"".join(zipfile.ZipFile(path).read(name) for name in zipfile.ZipFile(path).namelist())
+    assert model.table.weight.detach().numpy().tobytes() in content
+    for row in (*inputs["tokens"], *inputs["mask"]):
+        assert row.numpy().tobytes() not in content
+    program = torch.export.load(path)
+    _, kept = program.example_inputs
+    for name, value in inputs.items():
+        assert torch.equal(kept[name], torch.zeros_like(value)), "something to call it with"
+    for batch in (kept, inputs, {name: value[:1] for name, value in inputs.items()}):
+        torch.testing.assert_close(program.module()(**batch), model(**batch))
+
+
+def test_program_on_a_full_disk(tmp_path):
+    script = (
+        "import resource, signal, sys, torch; from netwright.core.artifact import save_program;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "save_program(torch.nn.Linear(90, 90), torch.zeros(2, 90), sys.argv[1] + '/model.pt2')"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert re.search(r"ArtifactError: Cannot write .*model\.pt2: File too large", done.stderr)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_round_trip_with_ties(tmp_path):

@@ -1,5 +1,6 @@
 """What is said about tasks that cannot be worked on."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -195,3 +196,64 @@ def test_regression_and_dict_inputs() -> None:
             return result.double()
 
     check_task(make_task(*map(items, range(3)), model=Named, loss=functional.mse_loss, score=r2))
+
+
+def masks(seed: int, least: int) -> Listed:
+    """Images and masks of 21 classes, some places of which are not to count; one mask has a class of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    items = []
+    for _ in range(12):
+        mask = torch.randint(21, (4, 4), generator=generator)
+        mask[0] = 255
+        items.append((torch.randn(3, 4, 4, generator=generator), mask))
+    items[9][1][2, 3] = least
+    return Listed(items)
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss(ignore_index=255), nn.CrossEntropyLoss(torch.ones(21), None, 255)]
+)
+def test_a_class_that_the_loss_ignores(loss: nn.Module) -> None:
+    def task(least: int) -> Task:
+        splits = (masks(seed, least) for seed in range(3))
+        return make_task(*splits, model=lambda: nn.Conv2d(3, 21, 1), loss=loss)
+
+    check_task(task(255))
+    check_task(task(20))
+    with pytest.raises(DataError, match=r"Data\.train\[9\] has the target 21, but the model has 21 outputs"):
+        check_task(task(21))
+    with pytest.raises(DataError, match=r"has the target 255, but the model has 21 outputs"):
+        check_task(dataclasses.replace(task(20), loss=functional.cross_entropy))
+
+
+def ordinal(output: Tensor, target: Tensor) -> Tensor:
+    """Cumulative logits: one output fewer than classes."""
+    levels = torch.arange(output.shape[1])
+    return functional.binary_cross_entropy_with_logits(output, (target[:, None] > levels).float())
+
+
+def column(output: Tensor, target: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(output[:, 0], target.clamp(max=1).float())
+
+
+def squares(output: Tensor, target: Tensor) -> Tensor:
+    return functional.mse_loss(output, target[:, None].float())
+
+
+@pytest.mark.parametrize(("outputs", "loss"), [(2, ordinal), (1, column), (1, squares)])
+def test_integer_targets_that_are_no_index_of_the_outputs(outputs: int, loss: Any) -> None:
+    check_task(make_task(model=lambda: nn.Linear(4, outputs), loss=loss, score=lambda o, t: -float(loss(o, t))))
+
+
+@pytest.mark.parametrize("target", [(1, 2), [1, 2], {"a": 1, "b": 2}], ids=["tuple", "list", "dict"])
+def test_several_targets_of_one_item(target: Any) -> None:
+    def several(seed: int) -> Listed:
+        return Listed([(x, target) for x, _ in listed(seed=seed)])
+
+    with pytest.raises(DataError, match=r"target of Data\.train\[0\] is a \w+\. It must be one tensor"):
+        check_task(make_task(*map(several, range(3))))
+
+    def own(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    check_task(make_task(*map(several, range(3)), loss=None, score=None, fit=own, evaluate=own))

@@ -134,6 +134,9 @@ def test_first_inputs_of_a_small_dataset() -> None:
         ([(torch.zeros(3), 0, 1)], "must be a pair"),
         ([(torch.zeros(3), 0), (torch.zeros(4), 0)], "cannot be stacked"),
         ([(torch.zeros(3), 0), (torch.zeros(3), None)], "cannot be stacked"),
+        ([(torch.zeros(3), (0, 1))] * 2, "target of an item must be one tensor, array or number, got a tuple"),
+        ([(torch.zeros(3), [torch.zeros(1), torch.ones(1)])], "got a list"),
+        ([(torch.zeros(3), {"a": 0})] * 2, "got a dict"),
     ],
 )
 def test_items_that_make_no_batch_are_refused(items: list[Any], words: str) -> None:

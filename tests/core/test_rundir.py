@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -169,3 +170,36 @@ def test_a_file_that_lacks_a_field_is_named(tmp_path: Path) -> None:
         assert run.read("plan.json", "workers") == {"workers": 2}
         with pytest.raises(CorruptRunError, match=r"plan\.json lacks int8"):
             run.read("plan.json", "workers", "int8")
+
+
+_INTERRUPTED = """
+import os, sys
+from pathlib import Path
+from netwright.core import rundir
+rundir.write_json = lambda path, value: (path.parent / f".{path.name}.half").write_text("{") and os._exit(9)
+rundir.RunDirectory(Path(sys.argv[1])).create({})
+"""
+
+
+def test_a_start_that_failed_can_be_tried_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="JSON compliant"):
+        RunDirectory(folder).create({"x": float("nan")})
+    RunDirectory(folder).create({"x": 1}).close()
+    killed = tmp_path / "killed"
+    assert subprocess.run([sys.executable, "-c", _INTERRUPTED, str(killed)], check=False).returncode == 9
+    assert sorted(os.listdir(killed)) == [".lock", ".run.json.half"]
+    with RunDirectory(killed).create({"x": 2}) as run:
+        assert run.settings == {"x": 2}
+        assert sorted(os.listdir(killed)) == [".lock", "run.json"]
+
+
+def test_a_start_that_goes_on_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.half").write_text("{")
+    with FileLock(tmp_path / ".lock"), pytest.raises(RunLockedError, match="another running process"):
+        RunDirectory(tmp_path).create({})
+    assert sorted(os.listdir(tmp_path)) == [".lock", ".run.json.half"]
+    (tmp_path / ".bashrc").write_text("")
+    with pytest.raises(RunDirectoryError, match="not empty"):
+        RunDirectory(tmp_path).create({})
+    assert (tmp_path / ".run.json.half").exists()

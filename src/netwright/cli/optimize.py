@@ -82,6 +82,8 @@ def optimize_command(
     Ends with 0 when the target was met, 3 when it was not (the best found is there), 2 for a mistake in
     what was asked, 130 when interrupted.
     """
+    if not target and not resume:
+        raise typer.BadParameter("say what is wanted, such as latency<=0.4x", param_hint="--target")
     place = usual_place(task) if out is None else out
     console = Console()
     asked: dict[str, Any] = {

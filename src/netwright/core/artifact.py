@@ -4,12 +4,14 @@
 Nothing is pickled, nothing is read back by unpickling, and each file appears whole or not at all.
 """
 
+import io
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from netwright.core.data import Inputs
 from netwright.core.errors import ArtifactError
@@ -27,7 +29,7 @@ def save_program(model: nn.Module, inputs: Inputs, path: str | Path) -> None:
     """Write the traced model, weights and all, so that plain torch runs it.
 
     Reach for it to hand a model to someone without its code: ``torch.export.load(path).module()`` is an ordinary
-    module again. The batch dimension stays dynamic.
+    module again. The batch dimension stays dynamic. Of ``inputs`` only shapes and types are written.
 
     Args:
         model: any module that ``torch.export`` traces.
@@ -36,7 +38,7 @@ def save_program(model: nn.Module, inputs: Inputs, path: str | Path) -> None:
 
     Raises:
         TraceError: a model that cannot be traced.
-        ArtifactError: a path that cannot be written.
+        ArtifactError: a path that cannot be written, or a full disk.
 
     Example:
         >>> import tempfile
@@ -45,11 +47,15 @@ def save_program(model: nn.Module, inputs: Inputs, path: str | Path) -> None:
         ...     torch.export.load(folder + "/model.pt2").module()(torch.zeros(5, 3)).shape
         torch.Size([5, 2])
 
-    Cost: one trace and one copy of the weights on disk.
+    Cost: one trace, and one copy of the weights in memory and one on disk.
     """
     program = export_model(model, inputs)
-    with atomic_write(Path(path), ArtifactError) as place, place.open("wb") as file:
-        torch.export.save(program, file)
+    args, kwargs = pytree.tree_map_only(Tensor, torch.zeros_like, program.example_inputs)
+    program.example_inputs = args, kwargs  # they are written as well, and were the user's data
+    buffer = io.BytesIO()  # torch's writer of archives hides why it could not write
+    torch.export.save(program, buffer)
+    with atomic_write(Path(path), ArtifactError) as place:
+        place.write_bytes(buffer.getbuffer())
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:

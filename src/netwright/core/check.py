@@ -1,5 +1,6 @@
 """A look at a task before any work is done on it."""
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -52,6 +53,8 @@ def check_task(task: Task) -> None:
         for split, items in samples.items():
             for index, item in items.items():
                 _check_item(item, shape, split, index)
+                if task.fit is None or task.evaluate is None:
+                    _check_target(item[1], split, index)
             _check_all_finite(task.data.splits()[split], split)
         check_overlap(task.data)
         model = task.build()
@@ -97,6 +100,14 @@ def _check_item(item: Any, shape: Any, split: str, index: int) -> None:
             )
 
 
+def _check_target(target: Any, split: str, index: int) -> None:
+    if isinstance(target, Mapping | tuple | list):
+        raise DataError(
+            f"The target of Data.{split}[{index}] is a {type(target).__name__}. It must be one tensor, array or "
+            "number. Stack or concatenate several in the dataset, and take them apart in the loss."
+        )
+
+
 def _check_all_finite(dataset: Dataset, split: str) -> None:
     if type(dataset) is not TensorDataset:
         return
@@ -126,18 +137,37 @@ def _check_loss(task: Task, model: nn.Module, items: Mapping[int, Any]) -> None:
 
 
 def _check_classes(task: Task, output: Tensor, items: Mapping[int, Any]) -> None:
+    """Refuse a class beyond the model's outputs, unless the loss takes it: to ignore it, or in a code of its own."""
+    output = output.detach().cpu()  # a CUDA device is of no use any more once it saw such a class
     _, targets = stack(list(items.values())[:8])
-    rows = class_rows(output, targets.to(output.device))
+    rows = class_rows(output, targets)
     if rows is None:
         return
     classes = rows[0].shape[1]
+    taken: set[int] = set()
     for index, item in items.items():
-        largest = int(torch.as_tensor(item[1]).max())
-        if largest >= classes:
-            raise DataError(
-                f"Task {task.name!r}: Data.train[{index}] has the target {largest}, but the model has {classes} "
-                f"outputs, so targets go from 0 to {classes - 1}."
-            )
+        target = torch.as_tensor(item[1])
+        beyond = set(target[target >= classes].tolist()) - taken
+        if beyond and not _takes(task, output, target):
+            within = target.clamp(max=classes - 1)
+            for value in sorted(beyond) if _takes(task, output, within) else ():
+                if not _takes(task, output, torch.where(target == value, target, within)):
+                    raise DataError(
+                        f"Task {task.name!r}: Data.train[{index}] has the target {value}, but the model has {classes} "
+                        f"outputs, so targets go from 0 to {classes - 1}."
+                    )
+        taken |= beyond
+
+
+def _takes(task: Task, output: Tensor, target: Tensor) -> bool:
+    """Whether the loss of ``output`` ``(n, ...)`` does not raise where every item has this target."""
+    loss = copy.deepcopy(task.loss).cpu() if isinstance(task.loss, nn.Module) else task.loss
+    assert loss is not None
+    try:
+        loss(output, target.expand(len(output), *target.shape).clone())
+    except Exception:  # a user's loss raises whatever it likes
+        return False
+    return True
 
 
 def _check_score(task: Task, model: nn.Module, items: Mapping[int, Any]) -> None:
@@ -166,12 +196,7 @@ def _output(task: Task, model: nn.Module, inputs: Inputs) -> Any:
     finally:
         for part, training in modes:
             part.training = training
-    try:
-        return task.read(result)
-    except Exception as error:
-        raise TaskError(
-            f"Task {task.name!r}: output(result) raised {type(error).__name__} on a {type(result).__name__}: {error}"
-        ) from error
+    return task.read(result)
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -88,7 +88,7 @@ def stack(items: Sequence[Any]) -> Batch:
     """Collate items into one batch.
 
     Raises:
-        DataError: items whose shapes differ or that are not ``(input, target)`` pairs.
+        DataError: items whose shapes differ, that are not ``(input, target)`` pairs, or that have several targets.
     """
     for item in items:
         if not isinstance(item, tuple | list) or len(item) != 2:
@@ -97,7 +97,12 @@ def stack(items: Sequence[Any]) -> Batch:
         inputs, targets = default_collate(list(items))
     except (RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"Dataset items cannot be stacked into a batch: {str(error).splitlines()[0]}") from error
-    return _as_inputs(inputs), torch.as_tensor(targets)
+    if not isinstance(targets, Tensor):
+        raise DataError(
+            f"The target of an item must be one tensor, array or number, got a {type(items[0][1]).__name__}. Stack or "
+            "concatenate several in the dataset, and take them apart in the loss."
+        )
+    return _as_inputs(inputs), targets
 
 
 def batches(

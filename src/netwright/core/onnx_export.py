@@ -13,6 +13,7 @@ import onnx
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from netwright.core import fake_quantize, onnx_codebooks, onnx_narrow, onnx_quantized, onnx_sparse, onnx_weight_only
@@ -24,7 +25,11 @@ from netwright.core.graph.export import export_model
 __all__ = ["OUTPUTS_KEY", "export_onnx", "input_names", "output_names"]
 
 OUTPUTS_KEY = "outputs"
-"""Metadata key of a file that returns a tuple (its value is ``"tuple"``) or a dict (its keys as a JSON list)."""
+"""Metadata key of a file that returns a tuple (its value is ``"tuple"``) or a dict (its keys as a JSON list).
+
+Where the model returns None beside its tensors, such as a loss that was not asked for, it is a JSON object: ``keys``,
+that list, or null for a tuple, and ``none``, the positions of None in order.
+"""
 
 _LIMIT = 2**31 - 2**20  # a protobuf message holds less than 2 GiB
 _NARROW = 6  # bits of the widest integers that are packed; 7 bits would save an eighth and hide 8-bit kernels' weights
@@ -41,7 +46,8 @@ def export_onnx(model: nn.Module | ExportedProgram, inputs: Inputs, path: str | 
     :mod:`netwright.core.onnx_codebooks` and :mod:`netwright.core.onnx_sparse`.
 
     Inputs are named after the arguments of ``forward`` (or the keys of ``inputs``); the outputs ``output``,
-    ``output_0``, ``output_1``, ... or the keys of the dict that the model returns.
+    ``output_0``, ``output_1``, ... or the keys of the dict that the model returns. Where it returns None beside
+    them, the file's metadata says so.
 
     Args:
         model: any module that ``torch.export`` traces, or its trace by
@@ -51,8 +57,8 @@ def export_onnx(model: nn.Module | ExportedProgram, inputs: Inputs, path: str | 
 
     Raises:
         TraceError: a model that cannot be traced.
-        ArtifactError: an operation that has no ONNX counterpart, weights of 2 GiB or more, or a path that cannot
-            be written.
+        ArtifactError: an operation that has no ONNX counterpart, an output that is neither a tensor nor None, weights
+            of 2 GiB or more, or a path that cannot be written.
 
     Example:
         >>> import tempfile, torch
@@ -65,45 +71,77 @@ def export_onnx(model: nn.Module | ExportedProgram, inputs: Inputs, path: str | 
     about three times the weights.
     """
     program = model if isinstance(model, ExportedProgram) else export_model(model, inputs)
+    names = input_names(program), output_names(program)
     proto = _convert(program)
     onnx_codebooks.compute_lookups(proto)
     onnx_quantized.spatial_means_to_pools(proto)
     onnx_quantized.store_integers(proto)
     onnx_quantized.drop_unused(proto.graph)
+    _check_size(max(_weight_sizes(proto), default=0))  # what the steps below could not copy
     onnx_narrow.store_narrow(proto, _NARROW)
     onnx_weight_only.dequantize_at_load(proto)
     onnx_codebooks.store_codebooks(proto)
     onnx_sparse.store_sparse(proto)
-    _name_interface(proto, input_names(program), output_names(program))
+    _name_interface(proto, *names)
     _strip(proto)
-    size = proto.ByteSize()
-    if size >= _LIMIT:
-        raise ArtifactError(
-            f"The ONNX file would hold {size / 2**30:.1f} GiB; a single file holds less than 2. Quantize or prune the "
-            "model first."
-        )
+    _check_size(sum(_weight_sizes(proto)))  # protobuf does not count beyond its limit
+    _check_size(proto.ByteSize())
     with atomic_write(Path(path), ArtifactError) as place:
         place.write_bytes(proto.SerializeToString())
 
 
 def input_names(program: ExportedProgram) -> list[str]:
-    """Names of the tensors that a traced model takes, in order."""
-    constants = set(program.constants)
-    return [name for name in program.graph_signature.user_inputs if isinstance(name, str) and name not in constants]
+    """Names of the tensors that a traced model takes, in order: the keys of those that are given by name.
+
+    The names in the trace itself are in lower case, and those of tensors in nested inputs are joined by underscores.
+    """
+    given = [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    names = [str(arg.name) for arg in given]
+    spec = program.call_spec.in_spec
+    if spec is not None:
+        _, kwargs = pytree.tree_unflatten(list(range(len(given))), spec)
+        for key, position in kwargs.items():
+            if isinstance(position, int):
+                names[position] = key
+    return [name for name, arg in zip(names, given, strict=True) if isinstance(arg, TensorArgument)]
 
 
 def output_names(program: ExportedProgram) -> tuple[list[str], str]:
-    """Names of the tensors that a traced model returns, and their form: "tensor", "tuple", or a dict's keys as JSON."""
-    count = len(program.graph_signature.user_outputs)
+    """Names of the tensors that a traced model returns, and their form: "tensor", or what :data:`OUTPUTS_KEY` says.
+
+    Raises:
+        ArtifactError: an output that is neither a tensor nor None.
+    """
+    given = [spec.arg for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
     spec = program.call_spec.out_spec
     if spec is None or spec.is_leaf():
         return ["output"], "tensor"
-    sample = pytree.tree_unflatten(list(range(count)), spec)
+    constants = {position: arg.value for position, arg in enumerate(given) if isinstance(arg, ConstantArgument)}
+    other = [value for value in constants.values() if value is not None]
+    if other:
+        raise ArtifactError(f"The model returns {other[0]!r}. Only tensors and None can be written as ONNX.")
+    sample = pytree.tree_unflatten(list(range(len(given))), spec)
+    keys, form = None, "tuple"
+    names = [f"output_{position}" for position in range(len(given))]
     if isinstance(sample, Mapping) and all(isinstance(value, int) for value in sample.values()):
         keys = [str(key) for key in sample]
         taken = set(input_names(program))
-        return [f"{key}_out" if key in taken else key for key in keys], json.dumps(keys)
-    return [f"output_{position}" for position in range(count)], "tuple"
+        names, form = [f"{key}_out" if key in taken else key for key in keys], json.dumps(keys)
+    if constants:
+        form = json.dumps({"keys": keys, "none": list(constants)})
+    return [name for position, name in enumerate(names) if position not in constants], form
+
+
+def _weight_sizes(proto: Any) -> list[int]:
+    return [len(item.raw_data) for item in proto.graph.initializer]
+
+
+def _check_size(size: int) -> None:
+    if size >= _LIMIT:
+        raise ArtifactError(
+            f"The ONNX file would hold {size / 2**30:.1f} GiB; a single file holds less than 2. Quantize or prune the "
+            "model first."
+        )
 
 
 def _convert(program: ExportedProgram) -> Any:

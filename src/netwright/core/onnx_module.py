@@ -80,7 +80,8 @@ class OnnxModule(nn.Module):
     """An ONNX file behind the call of an ordinary module, for evaluation.
 
     Reach for it to score what will really be deployed: every function that takes a model takes this too. It has no
-    parameters and no gradients; copies and pickles are made by opening the file again.
+    gradients, and one parameter without elements, for code that asks a model's first parameter where the model is;
+    copies and pickles are made by opening the file again.
 
     Args:
         path: a file written by :func:`netwright.core.onnx_export.export_onnx`, or any ONNX file.
@@ -104,18 +105,24 @@ class OnnxModule(nn.Module):
         self.path = Path(path)
         self.threads = threads
         self.session = open_session(self.path, self.threads)
-        self._form = self.session.get_modelmeta().custom_metadata_map.get(OUTPUTS_KEY, "")
-        self._keys = json.loads(self._form) if self._form.startswith("[") else None
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+        form = self.session.get_modelmeta().custom_metadata_map.get(OUTPUTS_KEY, "")
+        given = json.loads(form) if form.startswith(("[", '{"keys"')) else None
+        self._single = given is None and form != "tuple" and len(self.session.get_outputs()) == 1
+        self._keys = given["keys"] if isinstance(given, dict) else given
+        self._none = given["none"] if isinstance(given, dict) else []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original returns: a tensor, a tuple of tensors, or a dict of tensors."""
+        """What the original returns: a tensor, or a tuple or a dict of tensors, or of None."""
         inputs: Inputs = _one(args, kwargs, [entry.name for entry in self.session.get_inputs()])
         device = next((value.device for value in pytree.tree_leaves(inputs) if isinstance(value, Tensor)), None)
         arrays = self.session.run(None, feed(self.session, inputs))
-        outputs = [torch.from_numpy(np.asarray(array)).to(device) for array in arrays]
+        outputs: list[Any] = [torch.from_numpy(np.asarray(array)).to(device) for array in arrays]
+        for position in self._none:
+            outputs.insert(position, None)
         if self._keys is not None:
             return dict(zip(self._keys, outputs, strict=True))
-        return tuple(outputs) if self._form == "tuple" or len(outputs) > 1 else outputs[0]
+        return outputs[0] if self._single else tuple(outputs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OnnxModule, (self.path, self.threads)

@@ -1,8 +1,9 @@
 """From fake-quantized ONNX to integer ONNX, in the patterns that runtimes have kernels for.
 
 A fake-quantize of a weight becomes an integer initializer and a ``DequantizeLinear``; one of an activation a
-``QuantizeLinear`` and a ``DequantizeLinear``; the bias of a layer whose input and weight are quantized becomes a 32-bit
-integer in units of the product of their scales.
+``QuantizeLinear`` and a ``DequantizeLinear``, with a ``Clip`` of the integers between them where they are not all of
+8 bits and the activation is not clipped to theirs already; the bias of a layer whose input and weight are quantized
+becomes a 32-bit integer in units of the product of their scales.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from netwright.core.errors import ArtifactError
 from netwright.core.fake_quantize import DOMAIN, OPERATION
 
 __all__ = ["store_integers"]
@@ -34,16 +36,31 @@ class _Grid:
     def kind(self) -> type[np.integer[Any]]:
         return np.int8 if self.low < 0 else np.uint8
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The least and the largest integer of that kind."""
+        info = np.iinfo(self.kind)
+        return int(info.min), int(info.max)
+
     def apply(self, value: NDArray[Any]) -> NDArray[np.integer[Any]]:
         """Integers of a float array, rounded as torch rounds them."""
+        clipped: NDArray[Any] = np.clip(self.steps(value), self.low, self.high)
+        return clipped.astype(self.kind)
+
+    def steps(self, value: NDArray[Any]) -> NDArray[Any]:
+        """The same before they are clipped."""
         shape = [-1 if position == self.axis else 1 for position in range(value.ndim)] if self.scale.ndim else []
         inverse = (np.float32(1) / self.scale).reshape(shape)
-        steps = np.rint(value.astype(np.float32) * inverse) + self.zero_point.reshape(shape)
-        return np.clip(steps, self.low, self.high).astype(self.kind)
+        steps: NDArray[Any] = np.rint(value.astype(np.float32) * inverse) + self.zero_point.reshape(shape)
+        return steps
 
 
 def store_integers(proto: Any) -> None:
-    """Rewrite every fake-quantize node of ``proto``, in place; a model without any is left as it is."""
+    """Rewrite every fake-quantize node of ``proto``, in place; a model without any is left as it is.
+
+    Raises:
+        ArtifactError: one whose range is beyond -128 to 127 and 0 to 255.
+    """
     if not any(node.domain == DOMAIN for node in proto.graph.node):
         return
     _Rewriter(proto.graph).run()
@@ -84,25 +101,44 @@ class _Rewriter:
         source, scale, zero_point = node.input
         given = {attribute.name: attribute.i for attribute in node.attribute}
         grid = _Grid(self._value(scale), self._value(zero_point), given["axis"], given["low"], given["high"])
+        if grid.low < grid.bounds[0] or grid.high > grid.bounds[1]:
+            raise ArtifactError(
+                f"The model rounds to integers from {grid.low} to {grid.high}; an ONNX file holds -128 to 127 or 0 to "
+                "255. Quantize to one of these ranges or a part of it."
+            )
         if source in self.weights:
             self._weight(self._value(source), grid, node.output[0])
             return
         middle = f"{node.output[0]}:integers"
         places = self._places(grid)
-        self.nodes.append(helper.make_node("QuantizeLinear", [source, *places], [middle]))
-        self.nodes.append(helper.make_node("DequantizeLinear", [middle, *places], [node.output[0]]))
+        axis = grid.axis if grid.scale.ndim and grid.axis >= 0 else None
+        self._convert("QuantizeLinear", [source, *places], middle, axis)
+        if (grid.low, grid.high) != grid.bounds and not self._is_within(source, grid):
+            ends = [self._shared(np.asarray(end, grid.kind)) for end in (grid.low, grid.high)]
+            self.nodes.append(helper.make_node("Clip", [middle, *ends], [f"{middle}:clipped"]))
+            middle = f"{middle}:clipped"
+        self._convert("DequantizeLinear", [middle, *places], node.output[0], axis)
         self.grids[node.output[0]] = grid
+
+    def _is_within(self, name: str, grid: _Grid) -> bool:
+        """Whether the node that makes a tensor clips it to the range of its grid."""
+        node = self.makers.get(name)
+        if node is None or node.op_type != "Clip" or grid.scale.ndim:
+            return False
+        ends = [float(grid.steps(self._value(end))) for end in node.input[1:] if end in self.weights]
+        return len(ends) == 2 and grid.low <= min(ends) and max(ends) <= grid.high
 
     def _weight(self, value: NDArray[Any], grid: _Grid, output: str) -> None:
         if grid.scale.ndim and (grid.scale == grid.scale[0]).all() and (grid.zero_point == grid.zero_point[0]).all():
             grid = _Grid(grid.scale[0].reshape(()), grid.zero_point[0].reshape(()), -1, grid.low, grid.high)
         stored = self._store(grid.apply(value), f"{output}:integers")
-        self._dequantize([stored, *self._places(grid)], output, grid.axis if grid.scale.ndim else None)
+        places = self._places(grid)
+        self._convert("DequantizeLinear", [stored, *places], output, grid.axis if grid.scale.ndim else None)
         self.grids[output] = grid
         self.floats[output] = value
 
-    def _dequantize(self, inputs: list[str], output: str, axis: int | None) -> None:
-        node = helper.make_node("DequantizeLinear", inputs, [output])
+    def _convert(self, operation: str, inputs: list[str], output: str, axis: int | None) -> None:
+        node = helper.make_node(operation, inputs, [output])
         if axis is not None:
             node.attribute.append(helper.make_attribute("axis", axis))
         self.nodes.append(node)
@@ -130,7 +166,8 @@ class _Rewriter:
         half = len(amounts) // 2
         fits = len(pad.input) < 4 and not amounts[[0, 1, half, half + 1]].any() and (amounts >= 0).all()
         plain = mode == b"constant" and not value.any() and "pads" in given
-        if not (fits and plain and inner.scale == outer_grid.scale and inner.zero_point == outer_grid.zero_point):
+        same = inner.scale == outer_grid.scale and inner.zero_point == outer_grid.zero_point
+        if not (fits and plain and same and (inner.low, inner.high) == (outer_grid.low, outer_grid.high)):
             return
         extra = [*amounts[2:half], *amounts[half + 2 :]]
         given["pads"].ints[:] = [old + int(new) for old, new in zip(given["pads"].ints, extra, strict=True)]
@@ -153,7 +190,7 @@ class _Rewriter:
         inputs = [self._store(integers, f"{name}:integers"), self._store(scale, f"{name}:scale")]
         zero = np.zeros(scale.shape, np.int32)
         inputs.append(self._store(zero, f"{name}:zero"))
-        self._dequantize(inputs, name, 0 if scale.ndim else None)
+        self._convert("DequantizeLinear", inputs, name, 0 if scale.ndim else None)
         node.input[position] = name
 
     def _wide_enough(self, node: Any, data: _Grid, weight: _Grid, bias: NDArray[Any]) -> _Grid:
@@ -204,9 +241,9 @@ def drop_unused(graph: Any) -> None:
             used.update(_reads(node))
     del graph.node[:]
     graph.node.extend(reversed(kept))
-    weights = [item for item in graph.initializer if item.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(weights)
+    for position in reversed(range(len(graph.initializer))):  # in place, for protobuf does not copy 2 GiB
+        if graph.initializer[position].name not in used:
+            del graph.initializer[position]
 
 
 def _reads(node: Any) -> set[str]:

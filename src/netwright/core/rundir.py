@@ -20,6 +20,7 @@ __all__ = ["MARK", "RunDirectory", "read_json", "read_lines", "write_json"]
 MARK = "run.json"
 """The file that makes a folder a run; it holds the settings."""
 _LOCK = ".lock"
+_UNFINISHED = f".{MARK}."  # what the name of a settings file begins with while it is written
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -98,7 +99,7 @@ class RunDirectory:
         self._lock = FileLock(path / _LOCK)
 
     def check_new(self) -> None:
-        """Assure that a run can begin here.
+        """Assure that a run can begin here; what a start that failed left behind does not count.
 
         Raises:
             RunDirectoryError: the path is a file, or a folder that is not empty.
@@ -116,10 +117,13 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.path} already holds a run. Go on with it by --resume, or give another folder with --out."
             )
-        if any(self.path.iterdir()):
+        names = {entry.name for entry in self.path.iterdir()}
+        if any(name != _LOCK and not name.startswith(_UNFINISHED) for name in names):
             raise RunDirectoryError(
                 f"{self.path} is not empty and not a Netwright run. Give an empty or a new folder with --out."
             )
+        if _LOCK in names:
+            self._check_unlocked()
 
     def check_old(self) -> None:
         """Assure that a run lies here and nobody else is writing it.
@@ -140,16 +144,19 @@ class RunDirectory:
         except OSError as error:
             raise RunDirectoryError(f"Cannot make {self.path}: {error.strerror}.") from error
         self._own()
-        write_json(self.path / MARK, settings)
+        try:
+            self._drop_stale()
+            write_json(self.path / MARK, settings)
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def open(self) -> "RunDirectory":
         """Own a folder that holds a run, and mend what a crash left of its logs."""
         self.check_old()
         self._own()
-        for stale in self.path.glob(".*.*"):
-            if stale.name != _LOCK:
-                stale.unlink(missing_ok=True)  # what was being written when the last process died
+        self._drop_stale()
         for log in self.path.glob("*.jsonl"):
             _, sound = read_lines(log)
             with log.open("rb+") as handle:
@@ -226,6 +233,12 @@ class RunDirectory:
     def lines(self, name: str) -> list[Any]:
         """The values in the log ``name``."""
         return read_lines(self.path / name)[0]
+
+    def _drop_stale(self) -> None:
+        """Remove what was being written when the last process died."""
+        for stale in self.path.glob(".*.*"):
+            if stale.name != _LOCK:
+                stale.unlink(missing_ok=True)
 
     def _own(self) -> None:
         try:

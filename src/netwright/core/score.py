@@ -2,8 +2,8 @@
 
 Of a model that predicts classes, ``outputs`` are logits with one axis more than ``targets``: the classes stand
 last, ``(n, classes)`` or ``(n, time, vocabulary)``, or second, ``(n, classes, height, width)``, as in a
-segmentation. Where both readings fit, the last axis is taken. Negative targets (the ignore index of
-``cross_entropy``) are left out.
+segmentation. Where both readings fit, the last axis is taken. An axis of length one is not of classes: it holds the
+logit of a yes, or a number. Negative targets (the ignore index of ``cross_entropy``) are left out.
 """
 
 import math
@@ -120,6 +120,8 @@ def class_rows(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None
         if outputs.ndim < 3 or outputs.shape[:1] + outputs.shape[2:] != targets.shape:
             return None
         outputs = outputs.movedim(1, -1)
+    if outputs.shape[-1] == 1:
+        return None
     logits, classes = outputs.reshape(-1, outputs.shape[-1]), targets.reshape(-1).long()
     kept = classes >= 0
     return (logits, classes) if bool(kept.all()) else (logits[kept], classes[kept])

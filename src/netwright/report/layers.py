@@ -1,5 +1,6 @@
 """What was cut where: one row per layer with the shares that are left."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,8 +35,9 @@ class LayerRow:
 def layer_rows(layers: Sequence[Layer]) -> list[LayerRow]:
     """Rows of the table of layers, in the order of the network.
 
-    The units of a layer are the first dimension of its weight: output channels of a convolution, outputs of
-    a linear layer.
+    The units of a layer are what it puts out for each item or place: channels of a convolution, features of a linear
+    layer, the width of an embedding. Of a transposed convolution without bias, groups are not known, and their outputs
+    counted once.
 
     Example:
         >>> row = layer_rows([Layer("conv1", "Conv2d", (64, 3, 3, 3), (16, 3, 3, 3), 4000, 1000, 1728, 432, "int8")])[0]
@@ -47,7 +49,10 @@ def layer_rows(layers: Sequence[Layer]) -> list[LayerRow]:
             layer=layer.layer,
             kind=layer.kind,
             removed=layer.chosen_shape is None,
-            units=_share(_units(layer.baseline_shape), _units(layer.chosen_shape)),
+            units=_share(
+                _units(layer.kind, layer.baseline_shape, layer.baseline_parameters),
+                _units(layer.kind, layer.chosen_shape, layer.chosen_parameters),
+            ),
             macs=_share(layer.baseline_macs, layer.chosen_macs) if layer.baseline_macs else None,
             parameters=_share(layer.baseline_parameters, layer.chosen_parameters),
             precision=layer.precision,
@@ -56,8 +61,14 @@ def layer_rows(layers: Sequence[Layer]) -> list[LayerRow]:
     ]
 
 
-def _units(shape: tuple[int, ...] | None) -> int:
-    return shape[0] if shape else 0
+def _units(kind: str, shape: tuple[int, ...] | None, parameters: int) -> int:
+    if not shape:
+        return 0
+    if kind.startswith("ConvTranspose") and len(shape) > 2:  # (in, out / groups, ...), and a bias of length out
+        return max(parameters - math.prod(shape), shape[1])
+    if kind in ("Embedding", "EmbeddingBag", "Conv1D") and len(shape) == 2:  # (entries, width); GPT-2's (in, out)
+        return shape[1]
+    return shape[0]
 
 
 def _share(before: int, after: int) -> Share:
