@@ -27,6 +27,7 @@ REFERENCE = 1.1
 _RESERVE = 0.5  # of what may be given up of the score is held back against the luck of the validation split
 _SLACK = 3.0
 _LEAST_SLACK = 0.005  # of the score, where nothing may be given up
+_HOPE = 4.0
 _LEAST_PROMISE = 0.01  # of a full recovery: a hundredth of the cost
 _TINY = 1e-12
 
@@ -141,7 +142,9 @@ def next_finalist(
 
     Candidates trained only briefly while searching, so one that lacks a little of the score (see :func:`regain`) may
     well get it back. First comes the cheapest of those that lack nothing: it can be handed back whatever becomes of the
-    others. Then, if it misses a target that others meet, those of them that lack least; else the one with the largest
+    others. Where all lack something it is the one that meets every target and lacks least; or else, where recovery is
+    not known to save any, that with the largest gain over the baseline if four times what the best one lacks can be
+    regained. Then, if it misses a target that others meet, those of them that lack least; else the one with the largest
     expected gain,
 
         (1 - d / D) * log(c / c'),
@@ -181,7 +184,13 @@ def next_finalist(
     least = min((cost(point) for point in standing if lacks(point) <= 0), default=None)
     if least is None:
         sound = [one for one in waiting if lacks(one.point) <= 0]
-        return min(sound, key=lambda one: cost(one.point)) if sound else min(waiting, key=order)
+        if sound:
+            return min(sound, key=lambda one: cost(one.point))
+        room = _HOPE * min(lacks(one.point) for one in waiting)
+        hopes = [(1 - lacks(one.point) / room) * math.log(cost(baseline) / cost(one.point)) for one in waiting]
+        first = min(waiting, key=order)
+        saved = cost(first.point) <= 1 and chance(first) > 0
+        return first if saved or max(hopes) <= 0 else waiting[hopes.index(max(hopes))]
     meeting = [one for one in waiting if cost(one.point) <= 1 and chance(one) > 0]
     if least > 1 and meeting:
         return max(meeting, key=chance)
