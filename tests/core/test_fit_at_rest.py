@@ -82,7 +82,7 @@ def test_a_wrapped_optimizer_rests_where_the_inner_one_does(wrap: Any) -> None:
     def closure() -> torch.Tensor:
         outer.zero_grad()
         loss = weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     for _ in range(4):

@@ -130,16 +130,8 @@ def test_numbers_are_unique_after_a_resumption(tmp_path: Path):
     space = SearchSpace({"a": IntDistribution(0, 4), "b": IntDistribution(0, 2)})
     for evaluations, resume in ((8, False), (11, True), (15, True)):
         sampler = optuna.samplers.RandomSampler(seed=evaluations)
-        found = run(
-            space,
-            Problem(),
-            GOALS,
-            sampler=sampler,
-            evaluations=evaluations,
-            out=tmp_path / "run",
-            resume=resume,
-            progress=silent,
-        )
+        options = {"evaluations": evaluations, "resume": resume, "out": tmp_path / "run", "progress": silent}
+        found = run(space, Problem(), GOALS, sampler=sampler, **options)
         assert [entry.number for entry in found.evaluations] == list(range(evaluations))
     lines = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
     assert [json.loads(line)["trial"] for line in lines] == list(range(15))
@@ -157,16 +149,8 @@ def test_conditions_on_conditional_decisions_run_and_resume(condition, tmp_path:
 
     for evaluations, resume in ((2, False), (9, True)):
         sampler = optuna.samplers.RandomSampler(seed=0)
-        found = run(
-            space,
-            evaluate,
-            GOALS,
-            sampler=sampler,
-            evaluations=evaluations,
-            out=tmp_path / "run",
-            resume=resume,
-            progress=silent,
-        )
+        options = {"evaluations": evaluations, "resume": resume, "out": tmp_path / "run", "progress": silent}
+        found = run(space, evaluate, GOALS, sampler=sampler, **options)
     assert found.exhausted
     assert sorted(map(len, asked)) == [1, 2, 3, 3]
     assert [entry.params for entry in found.evaluations] == asked

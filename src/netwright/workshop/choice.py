@@ -27,7 +27,7 @@ REFERENCE = 1.1
 _RESERVE = 0.5  # of what may be given up of the score is held back against the luck of the validation split
 _SLACK = 3.0
 _LEAST_SLACK = 0.005  # of the score, where nothing may be given up
-_HOPE = 4.0
+_HOPE = 4.0  # times what the best candidate lacks may be regained, as long as nothing is known
 _LEAST_PROMISE = 0.01  # of a full recovery: a hundredth of the cost
 _TINY = 1e-12
 

@@ -22,6 +22,7 @@ from netwright.workshop.baseline import Baseline, plain
 from netwright.workshop.choice import front_of, front_volume, ranking
 from netwright.workshop.evaluation import Outcome, is_low_precision, rebuild, structure
 from netwright.workshop.job import Job
+from netwright.workshop.kept import told
 from netwright.workshop.layers import layer_table
 from netwright.workshop.plan import default_workers
 from netwright.workshop.point import Point, Step, ratios
@@ -173,21 +174,11 @@ def conclude(
     measured = [at_length.get(outcome.request.number, outcome) for outcome in finals]
     chosen = next(iter(ranked(paired)), None)
     _write_artifacts(findings, chosen, recipe)
-    findings.run.write("finals.json", list(map(_told, measured)))
+    findings.run.write("finals.json", list(map(told, measured)))
     errors = [outcome.error for outcome in finals if outcome.point is None]
     state = _judge(findings, chosen, errors[0] if errors and len(errors) == len(finals) else None)
     others = tuple(one.point for one in measured if one.point is not None and one is not chosen)
     return findings.write(replace(state, recovered=others), clock())
-
-
-def _told(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "trial": outcome.request.number,
-        "point": None if outcome.point is None else outcome.point.to_dict(),
-        "error": outcome.error,
-        "seconds": outcome.seconds,
-        "epochs": outcome.epochs,
-    }
 
 
 def _paired(findings: Findings, outcome: Outcome) -> Outcome:
@@ -278,7 +269,7 @@ def _write_artifacts(findings: Findings, chosen: Outcome | None, recipe: Recipe)
             "given": isinstance(findings.job.task, Task),
             "seed": findings.job.seed,
             "training": json.loads(recipe.to_json()),
-            "steps": [{"method": step.method, "settings": dict(step.settings)} for step in steps],
+            "steps": [step.to_dict() for step in steps],
             "recovery": None if chosen is None else {"epochs": chosen.epochs, "seed": chosen.request.seed},
             "imitates": base.teacher is not None,
         },

@@ -9,9 +9,20 @@ from netwright.workshop.baseline import plain
 from netwright.workshop.evaluation import Outcome, Request
 from netwright.workshop.point import Point, Step
 
-__all__ = ["forget_outcomes", "keep_outcome", "kept_outcomes"]
+__all__ = ["forget_outcomes", "keep_outcome", "kept_outcomes", "told"]
 
 _PREFIX = "final-"
+
+
+def told(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as ``finals.json`` has it."""
+    return {
+        "trial": outcome.request.number,
+        "point": None if outcome.point is None else outcome.point.to_dict(),
+        "error": outcome.error,
+        "seconds": outcome.seconds,
+        "epochs": outcome.epochs,
+    }
 
 
 def keep_outcome(run: RunDirectory, outcome: Outcome) -> None:
@@ -24,14 +35,10 @@ def keep_outcome(run: RunDirectory, outcome: Outcome) -> None:
     run.write(
         f"{name}.json",
         {
-            "trial": request.number,
+            **told(outcome),
             "training_s": request.seconds,
             "seed": request.seed,
-            "steps": [{"method": step.method, "settings": dict(step.settings)} for step in request.steps],
-            "point": None if outcome.point is None else outcome.point.to_dict(),
-            "error": outcome.error,
-            "seconds": outcome.seconds,
-            "epochs": outcome.epochs,
+            "steps": [step.to_dict() for step in request.steps],
             "history": [plain(record) for record in outcome.history],
         },
     )

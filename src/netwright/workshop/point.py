@@ -26,6 +26,10 @@ class Step:
     method: str
     settings: Mapping[str, Any]
 
+    def to_dict(self) -> dict[str, Any]:
+        """As files have it."""
+        return {"method": self.method, "settings": dict(self.settings)}
+
     def build(self) -> Transform:
         """The transform itself.
 
@@ -65,7 +69,7 @@ class Point:
         """The POINT of ``result.json``."""
         ratio = None if self.latency_ratio is None else asdict(self.latency_ratio)
         return {
-            "steps": [{"method": step.method, "settings": dict(step.settings)} for step in self.steps],
+            "steps": [step.to_dict() for step in self.steps],
             "score": {
                 "val": self.val,
                 "test": self.test,

@@ -93,6 +93,7 @@ def run_job(job: Job, *, resume: bool = False, progress: Progress | None = None)
 
     Cost: ``budget`` seconds; memory for one copy of the model and the data here and in each worker.
     """
+    began = time.perf_counter()
     run = RunDirectory(job.out)
     run.check_old() if resume else run.check_new()
     task, graph = prepare(job)
@@ -102,7 +103,7 @@ def run_job(job: Job, *, resume: bool = False, progress: Progress | None = None)
         if resume and _finished(run):
             finished: dict[str, Any] = run.read(RESULT)
             return finished
-        session = Session(run, job, task, graph, progress or _silent)
+        session = Session(run, job, task, graph, progress or _silent, began)
         try:
             return session.go()
         except KeyboardInterrupt:

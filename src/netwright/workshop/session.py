@@ -56,6 +56,7 @@ class Session:
         task: the task, checked.
         graph: the trace of its untrained model.
         progress: told how far the run is.
+        began: on ``time.perf_counter``, when this stretch of the run began.
     """
 
     run: RunDirectory
@@ -63,7 +64,7 @@ class Session:
     task: Task
     graph: Graph
     progress: Progress
-    _start: float = field(default_factory=time.perf_counter, init=False)
+    began: float
     _before: float = field(default=0.0, init=False)
     _findings: Findings | None = field(default=None, init=False)
     _phases: dict[str, float] = field(default_factory=dict, init=False)
@@ -78,7 +79,7 @@ class Session:
 
     def elapsed(self) -> float:
         """Seconds of the run so far, earlier stretches included."""
-        return self._before + time.perf_counter() - self._start
+        return self._before + time.perf_counter() - self.began
 
     def go(self) -> dict[str, Any]:
         """All phases; the content of ``result.json``."""
