@@ -2,7 +2,7 @@
 
 Each part runs in processes of its own, one after the other; figures are ratios to a baseline measured in the same
 process. ``--only digits`` runs one part, ``--seeds`` chooses the seeds, and what earlier calls measured is kept. The
-parts take minutes to an hour each, spaces more than four hours with three seeds; those on Fashion-MNIST are left out
+parts take minutes to an hour each, spaces nearly seven hours with three seeds; those on Fashion-MNIST are left out
 where it is not on the machine.
 """
 
@@ -24,7 +24,7 @@ from netwright.core.task import load_task
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/bench")
-PARTS = ["digits", "peer", "fashion", "spaces", "steps", "search", "proposer", "pretrained"]
+PARTS = ["digits", "peer", "fashion", "spaces", "steps", "search", "proposer", "pretrained", "chita"]
 DIGITS = ["digits", "--target", "latency<=0.2x", "--keep", "score>=-0.01"]
 FASHION = ["fashion-mnist", "--target", "latency<=0.1x", "--keep", "score>=-0.01", "--budget", "10m"]
 
@@ -35,6 +35,7 @@ SPACES = {
     "fashion-mnist": ("latency<=0.001x", "score>=-0.01", "600s"),
     "digits, size": ("size<=0.0001x", "score>=-0.01", "120s"),
     "python-source, size": ("size<=0.0001x", "score>=-0.01", "240s"),
+    "fashion-mnist, size": ("size<=0.0001x", "score>=-0.01", "600s"),
 }
 WAYS = {
     "prune,int8": ["--steps", "prune,int8"],
@@ -63,6 +64,7 @@ def optimize(name: str, words: list[str], seed: int) -> dict[str, Any]:
         "status": result["status"],
         "latency": result["ratios"]["latency"],
         "size": result["ratios"]["size"],
+        "hypervolume": result["hypervolume"],
         "test_baseline": result["baseline"]["score"]["test"],
         "test_drop": None if result["score_drop"] is None else result["score_drop"]["test"],
         "evaluations": result["evaluations"],
@@ -85,7 +87,7 @@ def spaces(seed: int, only: list[str], ways: list[str]) -> list[dict[str, Any]]:
             found = optimize(
                 f"space-{name}-{way}".replace(", ", "-").replace(",", "-").replace(" ", "-"), command, seed
             )
-            kept = ("latency", "size", "test_drop", "evaluations", "failed", "wall_s")
+            kept = ("latency", "size", "hypervolume", "test_drop", "evaluations", "failed", "wall_s")
             sets = " ".join(machine()["isa"])
             rows.append({"task": name, "way": way, "seed": seed, **{key: found[key] for key in kept}, "isa": sets})
     return rows
@@ -141,10 +143,20 @@ def proposer() -> list[dict[str, Any]]:
 def pretrained() -> list[dict[str, Any]]:
     """Networks that ship trained in packages, rounded to 8 bits (benchmarks/pretrained.py)."""
     parts = ["image", "text", *(["speech"] if shutil.which("espeak-ng") else [])]
+    if "speech" not in parts:
+        print("espeak-ng is not on this machine: the voice-activity detector is left out.", file=sys.stderr)
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.pretrained", *parts], check=True, stdout=subprocess.PIPE, text=True
     )
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def chita() -> list[dict[str, Any]]:
+    """Time and memory of CHITA as a network grows (benchmarks/chita_scale.py)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.chita_scale"], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -176,7 +188,8 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
         "steps": "Optimizer steps over 25M parameters in 160 tensors, and whole steps of a 78k-parameter network",
         "search": "NAS-Bench-201: median evaluations to shares of the front's hypervolume, and seeds that got there",
         "proposer": "Processor seconds of one suggestion after so many observations (NAS-Bench-201), one thread",
-        "pretrained": "Trained networks from packages, rounded to 8 bits: agreement with float on unseen inputs",
+        "pretrained": "Trained networks from packages, rounded to 8 bits: agreement with float on held-out inputs",
+        "chita": "CHITA on perceptrons of growing size, two threads: seconds, and peak memory beyond the network's own",
     }
     lines = ["# Results", "", "Written by `make bench`. Ratios are to the baseline, measured in one process.", ""]
     lines += [
@@ -203,6 +216,7 @@ WHOLE: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "search": search,
     "proposer": proposer,
     "pretrained": pretrained,
+    "chita": chita,
 }
 
 
@@ -216,8 +230,8 @@ def main() -> None:
     options = parser.parse_args()
     if not _has("fashion-mnist"):
         print("Fashion-MNIST is not on this machine: its parts are left out.", file=sys.stderr)
-        options.only = [name for name in options.only if name != "fashion"]
-        options.spaces = [name for name in options.spaces if name != "fashion-mnist"]
+        options.only = [name for name in options.only if name not in ("fashion", "chita")]
+        options.spaces = [name for name in options.spaces if not name.startswith("fashion-mnist")]
     stored = HERE / "results.json"
     results: dict[str, list[dict[str, Any]]] = json.loads(stored.read_text()) if stored.exists() else {}
     parts: dict[str, Callable[[int], dict[str, Any]]] = {

@@ -17,7 +17,8 @@ from netwright.optim.lion import Lion
 PAPER = 114
 CLAIM = (
     "A small network trained with Lion on 8000 images of Fashion-MNIST reaches AdamW's test loss within 0.02 nats, "
-    "each at the best of six pairs of learning rate and weight decay, with half of AdamW's state and a shorter step"
+    "each at the best of six pairs of learning rate and weight decay, with half of AdamW's state and a shorter step. "
+    "(Where the state is more or the step longer, its loss counts one nat more.)"
 )
 BETTER = "lower"
 PARITY = 0.02
@@ -35,14 +36,18 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
         losses = {pair: full_loss(model, data.val, nn.functional.cross_entropy) for pair, model in trained.items()}
         chosen = best(losses, losses.__getitem__)
         found[kind] = full_loss(trained[chosen], data.test, nn.functional.cross_entropy), *chosen
+    state = _words(Lion) / _words(AdamW)
+    step = _step_time_ratio(2 if smoke else 16)
+    as_said = smoke or (state <= 0.5 and step < 1)
     return {
-        "method": found[Lion][0],
+        "method": found[Lion][0] + (0.0 if as_said else 1.0),
         "baseline": found[AdamW][0],
         "lr": found[Lion][1],
         "weight_decay": found[Lion][2],
         "baseline_lr": found[AdamW][1],
         "baseline_weight_decay": found[AdamW][2],
-        "step_time_ratio": _step_time_ratio(2 if smoke else 16),
+        "step_time_ratio": step,
+        "state_ratio": state,
     }
 
 
@@ -60,6 +65,15 @@ def _train(kind: Callable[..., Optimizer], pair: tuple[float, float], data: Arra
     loss = nn.functional.cross_entropy
     descend(model, optimizer, data.train, loss, steps=steps, batch=256, seed=seed, schedule=schedule)
     return model
+
+
+def _words(kind: Callable[..., Optimizer]) -> int:
+    """Words of state for each of a thousand parameters, scalars left out."""
+    weight = torch.zeros(1000, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer = kind([weight])
+    optimizer.step()
+    return sum(int(value.numel()) for value in optimizer.state[weight].values() if value.ndim) // 1000
 
 
 def _step_time_ratio(rounds: int) -> float:

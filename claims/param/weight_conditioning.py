@@ -1,7 +1,9 @@
 """Weight conditioning against weight normalization: steps until a coordinate network has learned an image.
 
 One of the paper's settings. In small classifiers of the 8x8 digits, with three convolutions and batch normalization or
-five linear layers without, both took about the same number of steps. Condition numbers are recorded beside.
+five linear layers without, both took about the same number of steps. Condition numbers are recorded beside: those of
+the conditioned weights are mostly smaller than those of the weights below them, not than those of a network that was
+trained with normalized weights.
 """
 
 import math
@@ -21,7 +23,6 @@ CLAIM = (
 )
 BETTER = "lower"
 SEEDS = 5
-WHY = "On the seeds of development both took the same number of steps once rates were chosen on another image."
 RATES = (5e-3, 1e-2, 2e-2)
 HIDDEN = ("0", "2", "4", "6")
 
@@ -37,13 +38,17 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
         "baseline": baseline[0],
         "condition_method": method[1],
         "condition_baseline": baseline[1],
+        "smaller_than_below": method[2],
         "rate_method": rate,
         "rate_baseline": rate_baseline,
     }
 
 
-def train(seed: int, steps: int, kind: str, rate: float) -> tuple[int, float]:
-    """Steps until the error is 0.002; the geometric mean of the condition numbers of hidden weights during training."""
+def train(seed: int, steps: int, kind: str, rate: float) -> tuple[int, float, float]:
+    """Steps until the error is 0.002; the geometric mean of the condition numbers of hidden weights during training.
+
+    And the share of layers and times at which a conditioned weight has a smaller one than the weight below it.
+    """
     torch.manual_seed(seed)
     images, _ = arrays("fashion-mnist", seed=seed, train=1, held_out=1).train
     inputs, targets = coordinates(), images[0].flatten()[:, None]
@@ -58,19 +63,26 @@ def train(seed: int, steps: int, kind: str, rate: float) -> tuple[int, float]:
         weight_conditioning(model, include=HIDDEN)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     found: list[float] = []
+    smaller: list[bool] = []
 
     def measure(step: int) -> None:
-        if step % 50 == 49:
-            found.extend(log_condition(model.get_submodule(name)) for name in HIDDEN)
+        if step % 50 != 49:
+            return
+        for name in HIDDEN:
+            layer = model.get_submodule(name)
+            assert isinstance(layer.weight, Tensor)
+            found.append(log_condition(layer.weight))
+            if kind == "conditioned":
+                smaller.append(found[-1] < log_condition(layer.parametrizations.weight.original))
 
     data = inputs, targets
     losses = descend(model, optimizer, data, functional.mse_loss, steps=steps, batch=784, seed=seed, after_step=measure)
-    return steps_to(losses, 2e-3, window=1), math.exp(sum(found) / max(len(found), 1))
+    condition = math.exp(sum(found) / max(len(found), 1))
+    return steps_to(losses, 2e-3, window=1), condition, sum(smaller) / max(len(smaller), 1)
 
 
-def log_condition(layer: nn.Module) -> float:
-    assert isinstance(layer.weight, Tensor)
-    return float(torch.linalg.cond(layer.weight.detach()).log())
+def log_condition(weight: Tensor) -> float:
+    return float(torch.linalg.cond(weight.detach()).log())
 
 
 def coordinates(size: int = 28, octaves: int = 6) -> Tensor:

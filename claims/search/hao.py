@@ -17,8 +17,9 @@ from netwright.search.hao import Convolution, Device, HAOMapper, convolutions
 
 PAPER = 109
 CLAIM = (
-    "HAOMapper prunes more than 90% of the joint space of networks, bits and fitting hardware, and what is left "
-    "holds the optimum of exhaustive search: the best validation accuracy on Fashion-MNIST within the latency limit."
+    "HAOMapper prunes more than 90% of the joint space of networks, bits and fitting hardware: of each network it "
+    "keeps the fastest mapping, and of the networks just those that exhaustive search finds within the latency limit; "
+    "so what is left holds the optimum, the best validation accuracy on Fashion-MNIST within that limit."
 )
 BETTER = "higher"
 CHOICES = {"first": (8, 16), "second": (16, 32), "depth": (1, 2), "separable": (0, 1), "bits": (3, 4, 8)}
@@ -70,10 +71,12 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     kept = [key for key in known if left.valid(dict(zip(choices, key, strict=True)))]
     found = max((known[key][0], -mapper.map(known[key][1]).latency_ms) for key in kept)
     points = sum(map(len, joint.values()))
+    same = kept == [key for key in known if joint[key].min() <= limit] and np.allclose(found, optimum, rtol=1e-9)
     return {
-        "method": (1 - len(kept) / points) if np.allclose(found, optimum, rtol=1e-9) else 0.0,
+        "method": (1 - len(kept) / points) if same else 0.0,
         "baseline": 0.9,
         "joint_points": points,
+        "networks": len(known),
         "networks_left": len(kept),
         "limit_ms": limit,
     }

@@ -1,5 +1,6 @@
 """Sphinx extension: the page of benchmarks shows ``benchmarks/RESULTS.md`` and what the claims gave."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,8 @@ MARK = "<!-- benchmarks/RESULTS.md -->"
 CLAIMS = "<!-- claims/results.jsonl -->"
 NOTHING = "There are no committed results yet. `make bench` writes `benchmarks/RESULTS.md`, which is then shown here."
 
-_RECORDS = Path(__file__).resolve().parents[2] / "claims" / "results.jsonl"
+_SCRIPTS = Path(__file__).resolve().parents[2] / "claims"
+_RECORDS = _SCRIPTS / "results.jsonl"
 _RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "RESULTS.md"
 
 
@@ -22,34 +24,62 @@ def with_results(source: str, results: str | None) -> str:
     return source.replace(MARK, NOTHING if results is None else _lower_headings(results))
 
 
-def claims_table(lines: str) -> str:
+def claims_table(lines: str, scripts: Path = _SCRIPTS) -> str:
     """The last summary of each claim as a Markdown table, those that hold first.
+
+    Runs before the last of the same sentence that ended otherwise are named beside it, with their seeds.
 
     Args:
         lines: JSON lines as ``python -m claims --record`` appends them.
+        scripts: where the claims' modules lie; their ``WHY`` is taken where a record has none.
     """
-    found: dict[str, dict[str, Any]] = {}
+    runs: dict[str, list[dict[str, Any]]] = {}
     for line in lines.splitlines():
         record = json.loads(line)
         if "claim" in record and not record["smoke"]:
-            found[record["name"]] = record
+            runs.setdefault(record["name"], []).append(record)
     rows = [
         "| paper | claim | method | baseline | 95% interval of the difference | holds |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for record in sorted(found.values(), key=lambda entry: (not entry["holds"], entry["name"])):
+    for *earlier, record in sorted(runs.values(), key=lambda entry: (not entry[-1]["holds"], entry[-1]["name"])):
         interval = "" if record["ci95"] is None else " to ".join(f"{end:.3g}" for end in record["ci95"])
-        sentence = record["claim"] + (f" *{record['why']}*" if record.get("why") and not record["holds"] else "")
+        why = "" if record["holds"] else record.get("why") or _why(scripts / f"{record['name']}.py")
+        sentence = record["claim"] + (f" *{why}*" if why else "")
         cells = [
             "" if record["paper"] is None else str(record["paper"]),
             sentence.replace("|", r"\|"),
             f"{record['mean_method']:.4g}",
             f"{record['mean_baseline']:.4g}",
             interval,
-            "yes" if record["holds"] else "**no**",
+            _holds(record, [entry for entry in earlier if entry["claim"] == record["claim"]]),
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def _holds(record: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
+    """The verdict, and after it the seeds of earlier runs of the same sentence whose verdict was another."""
+    other = [_seeds(entry["seeds"]) for entry in earlier if entry["holds"] != record["holds"]]
+    said = "yes" if record["holds"] else "**no**"
+    if not other:
+        return said
+    return f"{said} (earlier, with seeds {'; '.join(other)}: {'no' if record['holds'] else 'yes'})"
+
+
+def _seeds(seeds: list[int]) -> str:
+    whole = len(seeds) > 1 and seeds == list(range(seeds[0], seeds[-1] + 1))
+    return f"{seeds[0]} to {seeds[-1]}" if whole else ", ".join(map(str, seeds))
+
+
+def _why(script: Path) -> str:
+    """The string that a claim's module assigns to ``WHY``; empty where there is none."""
+    if not script.exists():
+        return ""
+    for node in ast.parse(script.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["WHY"]:
+            return str(ast.literal_eval(node.value))
+    return ""
 
 
 def _lower_headings(text: str) -> str:

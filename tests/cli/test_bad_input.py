@@ -168,6 +168,27 @@ def test_an_old_run_is_not_overwritten(
     assert "already holds a run" in refused(monkeypatch, capsys, tmp_path, *optimize(f"{TASKS}:good"))
 
 
+def test_an_optimization_does_not_go_on_with_the_folder_of_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("")
+    (tmp_path / "run" / "run.json").write_text('{"schema": 1, "kind": "training", "task": "breast-cancer", "seed": 0}')
+    (tmp_path / "run" / "model.safetensors").write_text("precious")
+    for more in (("--resume",), ("--resume", "--dry-run")):
+        words = optimize("breast-cancer", "latency<=0.5x", *more)
+        assert "run holds a training, not an optimization" in refused(monkeypatch, capsys, tmp_path, *words)
+
+
+def test_replay_of_a_folder_without_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "old").mkdir()
+    message = refused(monkeypatch, capsys, tmp_path, "replay", "old")
+    assert "old holds no recipe.json" in message
+    assert "--resume" in message
+
+
 def test_report_of_what_is_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

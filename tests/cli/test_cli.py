@@ -124,6 +124,34 @@ def test_as_a_program_an_error_is_one_line_and_code_two(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_is_where_the_user_stands_whatever_the_task_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "mine.py").write_text(
+        f"import os\nimport sys\nsys.path.insert(0, {str(TASKS.parent)!r})\nfrom bad_tasks import good as task\n"
+        f"os.chdir({str(tmp_path / 'elsewhere')!r})\n"
+    )
+    recipe = json.dumps({"epochs": 1})
+    (tmp_path / "recipe.json").write_text(recipe)
+
+    def go(*words: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        return plain(invoke(words[0], "mine.py:task", *words[1:]))
+
+    go("train", "--out", "trained", "--recipe", "recipe.json")
+    go("train")
+    go("compress", "--method", "Prune", "--set", "ratios=0.25", "--epochs", "0.5", "--out", "compressed")
+    go("search", "--evaluations", "1", "--epochs", "0.5", "--out", "searched")
+    go("measure", "--weights", "trained/model.safetensors", "--seconds", "0.05")
+    assert f"Run directory: {tmp_path / 'optimized'}." in go(
+        "optimize", "--target", "macs<=0.5x", "--out", "optimized", "--dry-run"
+    )
+    for place in ("trained/report.html", "runs/train-mine.py-task", "compressed/Prune.onnx", "searched/report.html"):
+        assert (tmp_path / place).exists()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_train_compares_and_reports(tmp_path: Path) -> None:
     words = ("train", "breast-cancer", "--set", "epochs=1", "--compare", "sgd,adamw", "--lrs", "1e-3,1e-2")
     planned = json.loads(invoke(*words, "--dry-run"))

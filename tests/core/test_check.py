@@ -257,3 +257,76 @@ def test_several_targets_of_one_item(target: Any) -> None:
         raise AssertionError
 
     check_task(make_task(*map(several, range(3)), loss=None, score=None, fit=own, evaluate=own))
+
+
+def zero(outputs: Tensor, targets: Tensor) -> float:
+    return 0.0
+
+
+def numbers(seed: int, *shape: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(20, 4, generator=generator), torch.randn(20, *shape, generator=generator))
+
+
+@pytest.mark.parametrize("loss", [functional.mse_loss, nn.L1Loss(), functional.smooth_l1_loss, functional.huber_loss])
+@pytest.mark.parametrize(("outputs", "targets"), [((1,), ()), ((), (1,))])
+def test_a_loss_of_each_output_with_the_targets_of_all(
+    loss: Any, outputs: tuple[int, ...], targets: tuple[int, ...]
+) -> None:
+    def task(*shape: int) -> Task:
+        splits = [numbers(seed, *shape) for seed in range(3)]
+        return make_task(
+            *splits,
+            model=lambda: nn.Sequential(nn.Linear(4, 1), nn.Flatten(1 if outputs else 0)),
+            loss=loss,
+            score=zero,
+        )
+
+    check_task(task(*outputs))
+    shapes = [str((8, *shape)).replace("(", r"\(").replace(")", r"\)") for shape in (outputs, targets)]
+    with pytest.raises(TaskError, match=f"compares shape {shapes[0]} with shape {shapes[1]}, .*squeeze"):
+        check_task(task(*targets))
+
+
+def test_a_loss_that_broadcasts_within_items_is_sound() -> None:
+    """Several heads against one target, or a constant: torch warns, and so does the check."""
+    splits = [numbers(seed, 1) for seed in range(3)]
+
+    def model() -> nn.Module:
+        return nn.Linear(4, 5)
+
+    with pytest.warns(UserWarning, match="different to the input size"):
+        check_task(make_task(*splits, model=model, loss=functional.mse_loss, score=zero))
+    with pytest.warns(UserWarning, match="different to the input size"):
+        check_task(make_task(model=model, loss=lambda o, t: functional.mse_loss(o, torch.ones(5))))
+
+
+def rare(seed: int, size: int = 20_000, positives: int = 20) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.zeros(size).long()
+    targets[torch.randperm(size, generator=generator)[:positives]] = 1
+    return TensorDataset(torch.randn(size, 4, generator=generator), targets)
+
+
+def test_a_score_that_a_sample_of_the_items_does_not_give() -> None:
+    sizes: list[int] = []
+
+    def picky(outputs: Tensor, targets: Tensor) -> float:
+        sizes.append(len(targets))
+        if targets.unique().numel() < 2:
+            raise ValueError("one class only")
+        return accuracy(outputs, targets)
+
+    splits = [rare(0, 100, 10), rare(1), rare(2, 100, 10)]
+    check_task(make_task(*splits, score=picky))
+    assert len(sizes) == 2
+    assert sizes[0] < 300
+    assert sizes[1] == 20_000
+    splits[1] = rare(1, positives=0)
+    with pytest.raises(TaskError, match=r"raised ValueError on outputs of shape \(20000, 3\).*one class only"):
+        check_task(make_task(*splits, score=picky))
+    sizes.clear()
+    splits[1] = rare(1, 100, 0)
+    with pytest.raises(TaskError, match="one class only"):
+        check_task(make_task(*splits, score=picky))
+    assert sizes == [100], "there is no more to try"

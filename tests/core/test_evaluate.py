@@ -1,6 +1,7 @@
 """Predictions, scores and their intervals."""
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+import netwright.core.evaluate as core_evaluate
 from netwright.core.data import Data
 from netwright.core.errors import TaskError
 from netwright.core.evaluate import evaluate, paired_interval, predict, score_interval, score_outputs
@@ -170,3 +172,43 @@ def test_large_outputs_get_fewer_resamples() -> None:
 
     score_interval(make_task(score=counting), torch.zeros(2, 2_000_000), torch.zeros(2))
     assert len(calls) == 125
+
+
+def test_slow_scores_get_fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, pause = [0], 0.005
+
+    def sleeping(outputs: Tensor, targets: Tensor) -> float:
+        calls[0] += 1
+        time.sleep(pause)
+        return accuracy(outputs, targets)
+
+    def called(*outputs: Tensor, resamples: int = 1000) -> int:
+        calls[0] = 0
+        (paired_interval if len(outputs) == 2 else score_interval)(task, *outputs, targets, resamples=resamples)
+        return calls[0]
+
+    task, outputs, targets = make_task(score=sleeping), torch.randn(50, 3), torch.randint(3, (50,))
+    monkeypatch.setattr(core_evaluate, "_SECONDS", 0.75)
+    assert 100 <= called(outputs) <= 150
+    assert called(outputs, outputs + 1) == 200, "fewer draws say nothing"
+    assert called(outputs, resamples=10) == 10
+    monkeypatch.setattr(core_evaluate, "_SECONDS", 0.05)
+    monkeypatch.setattr(core_evaluate, "_LONGEST", 0.4)
+    assert called(outputs, resamples=20) == 20
+    with pytest.raises(TaskError, match=r"takes 0\.0\d+ s is too slow for an interval"):
+        called(outputs)
+    assert calls[0] <= 11
+
+
+def test_a_first_call_that_is_slow_is_no_slow_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def loading(outputs: Tensor, targets: Tensor) -> float:
+        calls.append(len(targets))
+        time.sleep(0.2 if len(calls) == 1 else 0)
+        return accuracy(outputs, targets)
+
+    monkeypatch.setattr(core_evaluate, "_SECONDS", 0.1)
+    low, high = score_interval(make_task(score=loading), torch.randn(50, 3), torch.randint(3, (50,)))
+    assert low < high
+    assert len(calls) == 100

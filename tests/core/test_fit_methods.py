@@ -360,3 +360,32 @@ def test_an_optimizer_that_observes_sees_two_halves() -> None:
     assert optimizer.scales[1] != 1.0
     for one, two in zip(hand.parameters(), found.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parameterization_is_resumed(tmp_path: Path) -> None:
+    recipe = SGD.replace(parameterization="netwright.param:BackwardModulation")
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(60, 3, generator=generator)
+    parts = [TensorDataset(x[a:b], x[a:b, :1]) for a, b in ((0, 40), (40, 50), (50, 60))]
+
+    def deep() -> nn.Module:
+        layers = [layer for _ in range(4) for layer in (nn.Linear(3, 3), nn.Tanh())]
+        return nn.Sequential(*layers, nn.Linear(3, 1))
+
+    found = Task("deep", deep, Data(*parts), functional.mse_loss, r2)
+
+    def stop(record: Any) -> None:
+        if record.step == 6:
+            raise KeyboardInterrupt
+
+    for steps in (4, 8):  # modulation has ended before the interruption, or ends after it
+        asked = recipe.replace(parameterization_settings={"steps": steps})
+        whole = fit(found.build(0), found, asked).model
+        place = tmp_path / f"checkpoint-{steps}"
+        settings: dict[str, Any] = {"checkpoint": place, "checkpoint_seconds": 0.0}
+        with pytest.raises(KeyboardInterrupt):
+            fit(found.build(0), found, asked, callbacks=[stop], **settings)
+        resumed = fit(found.build(0), found, asked, **settings).model
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+        always = fit(found.build(0), found, recipe).model
+        assert not torch.equal(next(whole.parameters()), next(always.parameters())), "it did end"

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from netwright.core.errors import RunDirectoryError
 from netwright.core.journal import new_journal, without_interruption
 
 
@@ -99,3 +102,37 @@ def test_what_an_earlier_run_left_goes(tmp_path: Path) -> None:
     path.write_text("torn")
     path.with_name("study.journal.lock").symlink_to(path)
     assert trial(new_journal(path)).best_value == 1.0
+
+
+_FULL = """
+import resource, signal, sys
+from pathlib import Path
+import optuna
+from netwright.core.errors import RunDirectoryError
+from netwright.core.journal import new_journal
+optuna.logging.disable_default_handler()
+study = optuna.create_study(storage=new_journal(Path(sys.argv[1])))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    while True:
+        study.tell(study.ask(), 1.0)
+except RunDirectoryError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_takes_no_more_is_a_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    command = [sys.executable, "-c", _FULL, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert not done.returncode, done.stderr
+    assert done.stdout.startswith(f"Cannot write {path}: ")
+    assert done.stdout.endswith("Free some space, then go on with --resume.\n")
+    assert os.listdir(tmp_path) == ["study.journal"], "no lock is left"
+    assert trial(new_journal(path)).best_value == 1.0
+
+
+def test_a_place_where_no_journal_can_be_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match=r"Cannot write .*gone/study\.journal: No such file"):
+        new_journal(tmp_path / "gone" / "study.journal")

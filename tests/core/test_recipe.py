@@ -137,3 +137,8 @@ def test_scaled_touches_learning_rates_only() -> None:
     assert found.schedule_settings == {"max_lr": 0.2, "x": 3}
     assert recipe.optimizer_settings["lr"] == 0.4
     assert recipe.scaled(1.0) == recipe
+
+
+def test_scaled_reaches_the_rate_that_a_parameterization_shares_out() -> None:
+    recipe = Recipe(parameterization="netwright.param:mup", parameterization_settings={"lr": 0.5, "damping": 3.0})
+    assert recipe.scaled(0.25).parameterization_settings == {"lr": 0.125, "damping": 3.0}

@@ -5,7 +5,10 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,14 @@ def test_truncated_json_is_named(tmp_path: Path) -> None:
         read_json(tmp_path / "other.json")
 
 
+def test_json_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CorruptRunError, match=f"{tmp_path} cannot be read: Is a directory"):
+        read_json(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CorruptRunError, match=r"recipe\.json cannot be read: Not a directory"):
+        read_json(tmp_path / "file" / "recipe.json")
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"old": True})
     with pytest.raises(TypeError), atomic_write(tmp_path / "a.json") as temporary:
@@ -82,6 +93,57 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="is a file"):
         RunDirectory(tmp_path / "file").check_new()
+    with pytest.raises(RunDirectoryError, match="file is a file"):
+        RunDirectory(tmp_path / "file" / "run").check_new()
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """One that every user may enter, as those of pytest are not."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+
+
+@contextmanager
+def without_rights(folder: Path, mode: int = 0o555) -> Iterator[None]:
+    """Inside, nothing can be written into a folder, also where the tests run as root."""
+    folder.chmod(mode)
+    root = os.geteuid() == 0
+    if root:
+        os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        if root:
+            os.setresuid(0, 0, 0)
+        folder.chmod(0o755)
+
+
+def test_a_folder_that_is_not_writable_is_refused(open_folder: Path) -> None:
+    empty = RunDirectory(open_folder / "empty")
+    empty.path.mkdir()
+    with without_rights(empty.path):
+        for new in (empty, RunDirectory(empty.path / "a"), RunDirectory(empty.path / "a" / "b")):
+            with pytest.raises(RunDirectoryError, match=f"Cannot write {new.path}: {empty.path} is not writable"):
+                new.check_new()
+    with without_rights(open_folder, 0o700), pytest.raises(RunDirectoryError, match=f"{open_folder} is not writable"):
+        RunDirectory(open_folder / "unseen" / "run").check_new()
+    assert os.listdir(open_folder) == ["empty"]
+
+
+def test_a_run_that_is_not_writable_is_refused(open_folder: Path) -> None:
+    run = RunDirectory(open_folder / "run").create({})
+    run.close()
+    with without_rights(run.path):
+        with pytest.raises(RunDirectoryError, match="run is not writable"):
+            run.check_new()
+        for begin in (run.check_old, run.open):
+            with pytest.raises(RunDirectoryError, match=f"Cannot write {run.path}: Permission denied"):
+                begin()
+    with run.open():
+        assert run.settings == {}
 
 
 def test_an_old_run_is_not_overwritten_and_a_missing_one_not_resumed(tmp_path: Path) -> None:

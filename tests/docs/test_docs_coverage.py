@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 from coverage_check import complaints, public_exports
 from offline_math import mathml
 from public_names import PACKAGES, Export, described, exports, imports, public_modules
-from results_page import MARK, NOTHING, with_results
+from results_page import MARK, NOTHING, claims_table, with_results
 
 import netwright
 from netwright.cli import main
@@ -177,3 +178,29 @@ def _exists(path: str) -> bool:
             found = getattr(found, part)
         return True
     return False
+
+
+def _summary(name, seeds, holds, claim="It works.", **more):
+    record = {"claim": claim, "paper": 1, "mean_method": 1.0, "mean_baseline": 2.0, "ci95": [-2.0, -1.0]}
+    return json.dumps({**record, "holds": holds, "name": name, "seeds": seeds, "smoke": False, **more})
+
+
+def test_the_table_of_claims_names_earlier_runs_that_ended_otherwise(tmp_path):
+    lines = [
+        _summary("optim/a", [0, 1, 2], holds=False),
+        _summary("optim/a", [5, 7], holds=False),
+        _summary("optim/a", [3, 4], holds=False, claim="Another sentence."),
+        _summary("optim/a", [8, 9], holds=True),
+    ]
+    *_, row = claims_table("\n".join(lines), tmp_path).splitlines()
+    assert row.endswith("| yes (earlier, with seeds 0 to 2; 5, 7: no) |")
+
+
+def test_the_reason_comes_from_the_record_or_from_the_script(tmp_path):
+    (tmp_path / "optim").mkdir()
+    (tmp_path / "optim" / "a.py").write_text('WHY = (\n    "Too "\n    "noisy."\n)\n')
+    lines = [_summary("optim/a", [0], holds=False, why=""), _summary("optim/b", [0], holds=False, why="Too slow.")]
+    table = claims_table("\n".join(lines), tmp_path)
+    assert "It works. *Too noisy.*" in table
+    assert "It works. *Too slow.*" in table
+    assert "*" not in claims_table(_summary("optim/a", [0], holds=True), tmp_path)

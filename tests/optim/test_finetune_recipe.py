@@ -346,4 +346,4 @@ def test_bert_adam_is_adam_with_longer_first_steps():
 
 
 def test_bert_adam_conforms():
-    check_optimizer(BertAdam, complex=True, sparse=False, steps=400)
+    check_optimizer(BertAdam, complex=True, sparse=False)

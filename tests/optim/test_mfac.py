@@ -300,6 +300,4 @@ def test_a_foreign_state_is_refused():
 
 @pytest.mark.parametrize("setting", [{}, {"momentum": 0.9, "weight_decay": 0.01, "window": 5, "lr": 0.01}])
 def test_conformance(setting):
-    check_optimizer(
-        partial(MFAC, **{"window": 16, **setting}), coupled=True, sparse=False, complex=True, skip=["memory"]
-    )
+    check_optimizer(partial(MFAC, **{"window": 16, **setting}), coupled=True, sparse=False, complex=True)

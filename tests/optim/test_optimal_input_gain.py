@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import OneCycleLR
 
 from netwright.core.errors import ClosureError, SettingError, StateDictError
 from netwright.optim.optimal_input_gain import BypassPerceptron, OptimalInputGain
+from netwright.optim.sania import SANIA
 
 
 def randn(*shape, seed=0):
@@ -252,6 +254,35 @@ def test_state_resumes_and_foreign_state_is_refused():
     adam.step(lambda: functional.mse_loss(twin(INPUTS), TARGETS).backward())
     with pytest.raises(StateDictError):
         resumed.load_state_dict(adam.state_dict())
+
+
+def test_settings_that_it_does_not_have_tell_a_foreign_state():
+    model = perceptron()
+    optimizer = OptimalInputGain(model.parameters(), model)
+    start = copy.deepcopy(optimizer.state_dict())
+    for kind in (torch.optim.SGD, torch.optim.Rprop, SANIA):
+        foreign = kind(model.parameters(), lr=0.1)
+        with pytest.raises(StateDictError, match="not saved by OptimalInputGain: its groups have"):
+            optimizer.load_state_dict(foreign.state_dict())
+        assert optimizer.state_dict() == start
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_schedules_and_users_write_into_groups_is_no_foreign_state(first):
+    """Whether the schedule is made before the state is read, or after."""
+    model = perceptron()
+    group = {"params": list(model.parameters()), "name": "all"}
+
+    def scheduled(optimizer):
+        OneCycleLR(optimizer, 0.5, total_steps=10, cycle_momentum=False)
+        return optimizer
+
+    state = copy.deepcopy(scheduled(OptimalInputGain([dict(group)], model)).state_dict())
+    fresh = OptimalInputGain([dict(group)], model)
+    resumed = scheduled(fresh) if first else fresh
+    for _ in range(2):
+        resumed.load_state_dict(state)
+    assert resumed.param_groups[0]["lr"] == state["param_groups"][0]["lr"] == pytest.approx(0.02)
 
 
 def test_layers_without_biases_and_with_a_layer_in_front():

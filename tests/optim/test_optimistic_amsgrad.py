@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from netwright.core.errors import GradientError, SettingError
+from netwright.core.errors import GradientError, SettingError, StateDictError
 from netwright.optim.optimistic_amsgrad import OptimisticAMSGrad, extrapolation_weights
 from netwright.testing import check_optimizer
 
@@ -256,6 +256,44 @@ def test_resume_keeps_products_of_float32_parameters():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def after_steps(make, count=4):
+    """An optimizer over two parameters, of which the first has no gradient."""
+    params = [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]
+    optimizer = make(params)
+    for factor in range(1, count + 1):
+        params[1].grad = torch.full((3,), float(factor))
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("span", [0, 2, 5])
+def test_the_state_of_another_span_is_refused(span):
+    optimizer = after_steps(functools.partial(OptimisticAMSGrad, span=span))
+    state = optimizer.state_dict()
+    for other in {0, 1, 2, 5} - {span}:
+        with pytest.raises(StateDictError, match=f"not saved with span={other}"):
+            after_steps(functools.partial(OptimisticAMSGrad, span=other)).load_state_dict(state)
+    fresh = after_steps(functools.partial(OptimisticAMSGrad, span=span), 0)
+    fresh.load_state_dict(state)
+    assert fresh.state_dict()["state"].keys() == state["state"].keys()
+    optimizer.load_state_dict(after_steps(functools.partial(OptimisticAMSGrad, span=1), 0).state_dict())  # no steps yet
+
+
+def test_foreign_states_are_refused():
+    adam = after_steps(functools.partial(torch.optim.Adam, lr=0.1)).state_dict()
+    for span in (0, 3):
+        optimizer = after_steps(functools.partial(OptimisticAMSGrad, span=span), 0)
+        with pytest.raises(StateDictError, match="not saved by OptimisticAMSGrad: it lacks max_exp_avg_sq"):
+            optimizer.load_state_dict(adam)
+    partial = after_steps(functools.partial(OptimisticAMSGrad, span=3)).state_dict()
+    for name in ("gram", "differences"):
+        torn = copy.deepcopy(partial)
+        for state in torn["state"].values():
+            state.pop(name, None)
+        with pytest.raises(StateDictError, match="not saved with span=3"):
+            after_steps(functools.partial(OptimisticAMSGrad, span=3), 0).load_state_dict(torn)
+
+
 @settings(max_examples=25, deadline=None)
 @given(shape=st.lists(st.integers(1, 4), max_size=3), span=st.integers(0, 4))
 def test_state_words_per_element(shape, span):
@@ -301,7 +339,7 @@ def test_conformance():
         coupled=True,
         complex=True,
         sparse=False,
-        skip=["schedule", "memory"],
+        skip=["schedule"],
     )
 
 
@@ -319,7 +357,7 @@ def test_lr_zero_returns_to_the_base_and_stays():
 
 
 def test_nothing_grows():
-    """Stands for the suite's "memory", whose count of bytes also sees what PyTorch's own step hooks leave behind."""
+    """Beside the suite's "memory": from early on, and in the entries of the state."""
     weight = torch.ones(4, requires_grad=True)
     optimizer = OptimisticAMSGrad([weight], span=2)
 

@@ -15,6 +15,7 @@ from netwright.optim import available
 from netwright.workshop.training_settings import with_optimizer
 
 LEAST = {"lion": 1e-2, "adadelta": 1.0, "sgd": 0.1, "mfac": 1e-3, "diffgrad": 1e-2, "optimistic-amsgrad": 1e-2}
+LEAST["agvm"] = LEAST["sgd"]
 
 
 def task() -> Task:
@@ -46,3 +47,18 @@ def test_it_trains_by_a_recipe(name: str) -> None:
     after = evaluate(result.model, found, "val")
     assert after == pytest.approx(result.history[-1].val_score, rel=1e-6)  # which was taken where it was trained
     assert after > before + 0.3 * (1 - before)
+
+
+@pytest.mark.parametrize("name", available())
+def test_it_trains_by_the_default_recipe(name: str) -> None:
+    found = task()
+    recipe = with_optimizer(Recipe(epochs=1), name)
+    model = found.build(seed=0)
+    before = [param.detach().clone() for param in model.parameters()]
+    result = fit(model, found, recipe, seed=0)
+    assert result.steps == 8
+    for start, end in zip(before, result.model.parameters(), strict=True):
+        assert bool(end.isfinite().all())
+        assert not torch.equal(start, end)
+    rates = [record.lr for record in result.history]
+    assert recipe.schedule is None or rates[-1] < 0.1 * max(rates)

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from netwright.core.errors import SettingError
 from netwright.core.optimization import closure_kind
 from netwright.core.recipe import resolve
-from netwright.optim import Lion, available, create, schedules
+from netwright.optim import AGVM, Lion, OptEx, available, create, schedules
 
 SETTINGS = {"sgd": {"lr": 0.1}, "optimistic-amsgrad": {"span": 3}, "mfac": {"window": 4}}
+ELSEWHERE = ("kfac", "shampoo", "optex", "agvm")  # whose words depend on layers, or on what is within
 
 
 def network() -> nn.Module:
@@ -55,7 +56,7 @@ def words(optimizer: Optimizer) -> int:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in available() if name not in ("kfac", "shampoo")])
+@pytest.mark.parametrize("name", [name for name in available() if name not in ELSEWHERE])
 def test_the_state_is_as_large_as_it_says(name: str) -> None:
     text = available()[name].state
     expected = {"5 + span": 8, "window": 4}.get(text)
@@ -81,10 +82,27 @@ def test_every_optimizer_of_ours_is_listed() -> None:
     import netwright.optim as package
 
     kinds = {value for value in vars(package).values() if isinstance(value, type) and issubclass(value, Optimizer)}
-    wrappers = {package.AGVM, package.OptEx}
-    assert kinds - wrappers == {
-        resolve(record.object) for record in available().values() if "netwright" in record.object
-    }
+    made = [resolve(record.object) for record in available().values() if "netwright" in record.object]
+    assert kinds == {getattr(maker, "__self__", maker) for maker in made}, "OptEx.over makes an OptEx"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("optex", OptEx), ("agvm", AGVM)])
+def test_optimizers_around_others_are_made_by_name(name: str, kind: type[Optimizer]) -> None:
+    for base, within in (("lion", Lion), ("torch.optim:NAdam", torch.optim.NAdam), (torch.optim.SGD, torch.optim.SGD)):
+        optimizer = create(name, network(), base=base, lr=0.25)
+        assert type(optimizer) is kind
+        assert type(optimizer.optimizer) is within
+        assert all(group["lr"] == 0.25 for group in optimizer.param_groups)
+    settings = {"base": "sgd", "base_settings": {"lr": 0.5, "momentum": 0.9}}
+    for changes, lr in (({}, 0.5), ({"lr": 0.25}, 0.25)):
+        groups = create(name, network(), **settings, **changes).param_groups
+        assert {(group["lr"], group["momentum"]) for group in groups} == {(lr, 0.9)}
+    own = create(name, network()).optimizer
+    assert {group["lr"] for group in own.param_groups} == {type(own)(network().parameters()).defaults["lr"]}
+    with pytest.raises(SettingError, match="Did you mean lion"):
+        create(name, network(), base="lyon")
+    with pytest.raises(SettingError, match=f"{name} refuses the settings"):
+        create(name, network(), paralelism=3)
 
 
 @pytest.mark.parametrize("name", schedules())

@@ -255,6 +255,56 @@ def test_hutchinson_with_a_diagonal_hessian_follows_the_equations():
         np.testing.assert_allclose(weight.detach().numpy(), w, rtol=1e-9, atol=1e-12)
 
 
+SCALES = torch.tensor([4.0, 0.125, 1.0, 32.0], dtype=torch.float64)
+
+
+def rescaled_path(features, scales, kind):
+    """Losses of least squares with the features ``(n, 4)`` multiplied by ``scales``, from one and the same function."""
+    torch.manual_seed(3)
+    start = torch.tensor([1.0, -2.0, 0.5, 1.5], dtype=torch.float64)
+    weight = (start / scales).requires_grad_()
+    optimizer = SANIA([weight], kind, eps=1e-300)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = ((features * scales) @ weight - features.sum(1)).square().mean()
+        if kind != "hutchinson":
+            loss.backward()
+        return loss
+
+    return [float(optimizer.step(closure).detach()) for _ in range(6)]
+
+
+def test_hutchinson_is_invariant_to_scales_only_where_its_draws_are_exact():
+    """They are for a diagonal Hessian; else a draw mixes scales, and the path with rescaled features is another."""
+    mixed = torch.randn(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    orthogonal = torch.linalg.qr(mixed).Q * 3
+    same = torch.ones(4, dtype=torch.float64)
+    for features, kind in ((orthogonal, "hutchinson"), (mixed, "adagrad"), (mixed, "adam")):
+        np.testing.assert_allclose(
+            rescaled_path(features, SCALES, kind), rescaled_path(features, same, kind), rtol=1e-6, atol=1e-12
+        )
+    plain, scaled = (np.array(rescaled_path(mixed, scales, "hutchinson")) for scales in (same, SCALES))
+    assert scaled[0] == pytest.approx(plain[0])
+    assert abs(scaled[1] - plain[1]) > 0.05 * plain[1]
+
+
+def test_hutchinson_in_expectation_scales_as_a_squared_gradient(monkeypatch):
+    mixed = torch.randn(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def estimate(scales, signs):
+        draws = iter(torch.tensor(signs, dtype=torch.float64))
+        monkeypatch.setattr(torch.Tensor, "bernoulli_", lambda self, chance: self.copy_(next(draws)))
+        point = (1 / scales).requires_grad_()
+        loss = ((mixed * scales) @ point).square().mean()
+        (grad,) = torch.autograd.grad(loss, [point], create_graph=True)
+        return hutchinson_diagonal([point], [grad], len(signs))[0]
+
+    same, every = torch.ones(4, dtype=torch.float64), list(itertools.product([0.0, 1.0], repeat=4))
+    torch.testing.assert_close(estimate(SCALES, every), SCALES**2 * estimate(same, every))
+    assert not torch.allclose(estimate(SCALES, every[:1]), SCALES**2 * estimate(same, every[:1]), rtol=0.1)
+
+
 def test_hutchinson_running_mean():
     weight = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
     optimizer = SANIA([weight], "hutchinson", beta=0.75, eps=1e-12, optimum=-1e9)

@@ -303,6 +303,20 @@ def test_conformance(grafting):
     check_optimizer(make, sparse=False, steps=400)
 
 
+def test_momentum_is_for_all_but_the_grafted_adam():
+    def path(grafting, momentum):
+        weight = leaf((3, 2))
+        optimizer = Shampoo([weight], lr=0.05, grafting=grafting, momentum=momentum)
+        for _ in range(5):
+            weight.grad = torch.cos(weight.detach() + 1)
+            optimizer.step()
+        return weight.detach()
+
+    assert torch.equal(path("adam", 0.0), path("adam", 0.9))
+    for grafting in ("none", "sgd"):
+        assert not torch.allclose(path(grafting, 0.0), path(grafting, 0.9))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [

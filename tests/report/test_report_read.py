@@ -75,6 +75,18 @@ def test_the_folder_of_another_command_says_where_its_page_is(run: Path, kind: s
         read_run(run)
 
 
+@pytest.mark.parametrize("settings", [{"kind": "replay", "replay_of": {}}, {"replay_of": {"task": "digits"}}])
+def test_the_folder_of_a_replay_is_no_run(run: Path, settings: dict) -> None:
+    (run / "run.json").write_text(json.dumps({"schema": 1, **settings}))
+    with pytest.raises(CorruptRunError, match=r"holds a replay, not an optimization\. Give the folder"):
+        read_run(run)
+
+
+def test_an_optimization_may_say_that_it_is_one(run: Path) -> None:
+    change(run / "run.json", kind="optimization")
+    assert read_run(run).settings.task == "digits"
+
+
 @pytest.mark.parametrize("name", ["run.json", "result.json"])
 @pytest.mark.parametrize("content", ["", '{"schema": 1, "task": "dig', "[1, 2]", '"text"', b"\xff\xfe\x00"])
 def test_a_damaged_file_is_named_with_its_remedy(run: Path, name: str, content: str | bytes) -> None:

@@ -18,6 +18,7 @@ from netwright.report import Run, read_run, summary_table
 from netwright.report.compare import cost_change
 from netwright.report.format import TIMES, ScoreStyle, compact, quantity, times
 from netwright.report.limits import score_floor, target_limit
+from netwright.report.page import render
 from netwright.report.progress import follow
 from netwright.report.run import Cost, Evaluation, Latency, LatencyRatio, Point, Result, Score, ScoreDrop, Step
 from netwright.report.words import headline
@@ -95,6 +96,51 @@ def test_an_unfinished_run_says_so(run: Run) -> None:
 def test_other_scores_are_not_percent(run: Run) -> None:
     named = replace(run, settings=replace(run.settings, score="r2"))
     assert say(named, point(ms=0.25, size=80_000, test=0.9455)).endswith("at 0.0245 lower r2")
+
+
+@pytest.mark.parametrize(
+    ("name", "percent"),
+    [
+        ("accuracy", True),
+        ("top5_accuracy", True),
+        ("BalancedAccuracy", True),
+        ("ACCURACY", True),
+        ("negative_inaccuracy", False),
+        ("accuracyless", False),
+        ("score", False),
+    ],
+)
+def test_percent_is_for_what_is_called_accuracy(name: str, percent: bool) -> None:
+    assert ScoreStyle(name).percent is percent
+    assert ScoreStyle.of(name, BASE).percent is percent
+
+
+@pytest.mark.parametrize(
+    ("val", "test", "percent"),
+    [
+        (0.98, 0.97, True),
+        (0.0, 1.0, True),
+        (0.98, None, True),
+        (97.3, 97.1, False),
+        (0.9, 1.2, False),
+        (-0.1, 0.2, False),
+    ],
+)
+def test_percent_is_for_scores_from_0_to_1(val: float, test: float | None, percent: bool) -> None:
+    assert ScoreStyle.of("accuracy", replace(BASE, score=Score(val, test))).percent is percent
+
+
+def test_an_accuracy_in_percent_is_shown_as_it_is(run: Run) -> None:
+    assert run.result is not None
+    base = replace(BASE, score=Score(97.3, 97.1))
+    chosen = replace(point(ms=0.25, size=80_000), score=Score(97.0, 96.8))
+    drop = ScoreDrop(-0.3, None)
+    result = replace(run.result, baseline=base, chosen=chosen, ratios={}, latency_ratio=None, score_drop=drop)
+    told = replace(run, result=result)
+    assert headline(told).endswith("at 0.3000 lower accuracy")
+    page = render(told)
+    assert "97.1000" in page
+    assert "9710.0%" not in page
 
 
 def test_the_paired_ratio_beats_two_separate_figures(run: Run) -> None:
@@ -208,6 +254,13 @@ def test_summary_table(tmp_path: Path) -> None:
     assert f"{100 * raw['baseline']['score']['test']:.1f}%" in text
     assert f"{1 / raw['latency_ratio']['median']:.0f}{TIMES} faster" in text
     assert "Peak memory" in text
+    shifted = json.loads(json.dumps(raw))
+    for part in ("baseline", "chosen"):
+        shifted[part]["score"] = {name: shifted[part]["score"][name] and 97.3 for name in ("val", "test")}
+    console.print(summary_table(shifted, "accuracy"))
+    text = console.export_text()
+    assert "97.3000" in text
+    assert "9730" not in text
     plain = ScoreStyle("score").value(raw["baseline"]["score"]["val"])
     console.print(summary_table({**raw, "chosen": None, "status": "not_met"}))
     text = console.export_text()

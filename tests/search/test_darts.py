@@ -93,6 +93,30 @@ def test_amended_gradient_beside_the_exact_one(seed, curvature):
     close(amended(p.train, p.val, p.weights, p.alphas, curvature**-2, exact=True), p.exact())  # H = h I
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.01, 3.0))
+def test_how_far_the_amended_gradient_is_from_the_exact_one(seed, eta):
+    """The angle is at most 90 degrees, by Kantorovich less; the error is that of ``eta h`` for ``1 / h``."""
+    p = Quadratic(seed, count=5)
+    p.b = np.linalg.qr(p.b)[0]  # so that alphas see angles and lengths as weights do
+    p.converge()
+    spectrum, directions = np.linalg.eigh(p.a)
+    apart = np.abs(eta * spectrum - 1 / spectrum)
+    for v in (p.slope_val(p.w), directions[:, apart.argmax()]):
+        p.cc, p.d = np.eye(5), p.w - v
+        exact, plain = p.exact(), first_order(p.val, p.alphas)[0].numpy()
+        found = amended(p.train, p.val, p.weights, p.alphas, eta, exact=True)[0].detach().numpy()
+        size = np.linalg.norm(v)
+        error = np.linalg.norm(found - exact)
+        assert error <= size * apart.max() * (1 + 1e-6)
+        condition = spectrum[-1] / spectrum[0]
+        cosine = (found - plain) @ (exact - plain) / np.linalg.norm(found - plain) / np.linalg.norm(exact - plain)
+        assert cosine >= 2 * condition / (1 + condition**2) * (1 - 1e-6) > 0
+        careful = amended(p.train, p.val, p.weights, p.alphas, spectrum[-1] ** -2, exact=True)[0].detach().numpy()
+        assert np.linalg.norm(careful - exact) < np.linalg.norm(plain - exact)
+    assert error == pytest.approx(size * apart.max())  # the bound is attained
+
+
 def test_alphas_may_disagree_where_the_hessian_does_not_commute():
     hessian, cross, v = np.diag([1.0, 100.0]), np.array([1.0, 1.0]), np.array([1.0, -0.5])
     assert (cross @ hessian @ v) * (cross @ np.linalg.solve(hessian, v)) < 0

@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 from netwright.cli.app import app
 from netwright.cli.search import search_command
 from netwright.core.data import Data
-from netwright.core.errors import NetwrightError, RunDirectoryError, RunLockedError, SettingError
+from netwright.core.errors import DataError, NetwrightError, RunDirectoryError, RunLockedError, SettingError
+from netwright.core.evaluate import evaluate
 from netwright.core.recipe import Recipe
+from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.search import SearchSpace, explore
 
@@ -30,13 +32,13 @@ from netwright.core.data import Data
 from netwright.core.task import Task
 from netwright.search import SearchSpace
 
-def split():
-    return TensorDataset(torch.randn(24, 4, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3)
+def split(seed):
+    return TensorDataset(torch.randn(24, 4, generator=torch.Generator().manual_seed(seed)), torch.arange(24) % 3)
 
 def task():
     def score(output, target):
         return float((output.argmax(1) == target).float().mean())
-    return Task("own", nn.Linear(4, 3), Data(split(), split(), split()), nn.functional.cross_entropy, score)
+    return Task("own", nn.Linear(4, 3), Data(split(0), split(1), split(2)), nn.functional.cross_entropy, score)
 
 class Stack:
     space = SearchSpace({"depth": IntDistribution(1, 3)})
@@ -254,3 +256,54 @@ def test_the_command_says_that_nothing_meets_a_constraint(tmp_path):
     done = call(f"{file}:task", "--space", f"{file}:Stack", "--constraint", "macs<=5", "--out", tmp_path / "run")
     assert isinstance(done.exception, NetwrightError)
     assert "None of 3 measured candidates meets macs<=5; the nearest misses by 23" in str(done.exception)
+
+
+def test_a_super_network_is_cut_and_measured_in_other_processes(tmp_path):
+    found = explore(task(), objectives=("score", "macs"), evaluations=3, epochs=0.5, workers=2, out=tmp_path / "run")
+    assert [entry.error for entry in found.result.evaluations] == [None] * 3
+    for entry in found.result.evaluations:  # the same network as when it is cut here
+        small = found.net.extract(entry.params)
+        assert entry.metrics["parameters"] == sum(value.numel() for value in small.parameters())
+        assert entry.metrics["score"] == pytest.approx(evaluate(small, task(), "val"))
+
+
+def test_splits_that_share_items_are_refused_before_anything_is_written(tmp_path):
+    whole = task()
+    inputs, targets = whole.data.train.tensors
+    leaky = TensorDataset(inputs.flip(0), targets.flip(0))
+    with pytest.raises(DataError, match="overlap"):
+        explore(
+            dataclasses.replace(whole, data=Data(whole.data.train, leaky, whole.data.test)),
+            objectives=("score", "macs"),
+            evaluations=1,
+            out=tmp_path / "run",
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_command_is_not_gone_on_with(tmp_path):
+    settings = {"kind": "training", "task": "toy", "trained_here": True, "seed": 0}
+    RunDirectory(tmp_path / "run").create(settings).close()
+    left = tmp_path / "run" / "log.jsonl"
+    left.write_text('{"torn')
+    with pytest.raises(RunDirectoryError, match="training"):
+        explore(task(), evaluations=1, out=tmp_path / "run", resume=True)
+    assert left.read_text() == '{"torn'
+
+
+def test_what_was_measured_otherwise_is_not_mixed(tmp_path):
+    goals, out = ("score", "macs"), tmp_path / "run"
+    explore(task(), Stack(), objectives=goals, evaluations=1, out=out)
+    for change, words in (
+        ({"threads": 2}, "threads=1, not 2"),
+        ({"batch": 8}, "batch=1, not 8"),
+        ({"workers": 2}, "measured_alone=True, not False"),
+        ({"engine": "ray"}, "engine='local', not 'ray'"),
+    ):
+        with pytest.raises(RunDirectoryError, match=words):
+            explore(task(), Stack(), objectives=goals, evaluations=2, out=out, resume=True, **change)
+    mark = out / "run.json"
+    stored = json.loads(mark.read_text())
+    mark.write_text(json.dumps({name: stored[name] for name in ("kind", "task", "trained_here")}))  # an older version's
+    more = explore(task(), Stack(), objectives=goals, evaluations=2, out=out, resume=True, threads=2, batch=8)
+    assert len(more.result.evaluations) == 2

@@ -17,7 +17,7 @@ from netwright.core.graph.export import export_model
 from netwright.core.graph.macs import total_macs
 from netwright.search import Rule, SearchSpace, SpaceError
 from netwright.search._encoding import Encoding
-from netwright.search.hao import ZU3EG, Convolution, Device, HAOMapper, MappingError, convolutions
+from netwright.search.hao import ZU3EG, Convolution, Device, HAOMapper, MappingError, UnprovenError, convolutions
 
 torch.set_num_threads(1)
 UNROLLS, ROWS = (1, 3, 4, 8), (1, 2, 5)
@@ -210,6 +210,23 @@ def test_restricted_space_keeps_exactly_the_networks_in_time():
     assert 2 < kept < 14
     with pytest.raises(SpaceError, match="latency on the best hardware must be at most 1e-06 ms"):
         mapper.restrict(space, workload, 1e-6).sample(np.random.default_rng(0))
+
+
+def test_a_programme_without_time_prunes_nothing_in_silence():
+    """What is not proven may be a good network; what cannot fit is none."""
+    space = SearchSpace({"width": IntDistribution(4, 64, step=4)})
+    mapper = HAOMapper(ZU3EG, seconds=1e-6)
+
+    def workload(params):
+        width = params["width"]
+        return [Convolution(width, width, 16, 16, kernel=3), Convolution(width, 8, 16, 16)]
+
+    left = mapper.restrict(space, workload, 1e3)
+    for ask in (left.valid, left.features, lambda params: mapper.map(workload(params))):
+        with pytest.raises(UnprovenError, match=r"No proven optimum after 1e-06 s .* Raise seconds"):
+            ask({"width": 64})
+    tiny = HAOMapper(Device(1, 0.1, 1.0), seconds=1e-6).restrict(space, workload, 1e3)
+    assert not tiny.valid({"width": 64})
 
 
 @pytest.mark.parametrize("every", [False, True])

@@ -83,3 +83,35 @@ def test_a_budget_ends_the_search():
     assert 1 <= len(found.evaluations) < 12
     with pytest.raises(SettingError, match="budget_s must be positive"):
         run(SPACE, slow, GOALS, budget_s=0.0)
+
+
+def test_candidates_that_break_a_constraint_teach_as_much(found):
+    """Three in a hundred are feasible; everything is measured all the same."""
+    bound = run(
+        SPACE,
+        evaluate,
+        GOALS,
+        evaluations=80,
+        sampler=RandomSampler(seed=0),
+        constraints=["low<=1"],
+        progress=lambda *_: None,
+    )
+    assert 0 < sum(entry.feasible for entry in bound.evaluations) < 8
+    assert [entry.params for entry in bound.evaluations] == [entry.params for entry in found.evaluations]
+    assert importance(bound, SPACE) == importance(found, SPACE)
+    assert predictor_quality(bound, SPACE) == predictor_quality(found, SPACE)
+
+
+def test_a_rank_correlation_needs_ranks():
+    def measured(evaluate, count):
+        return run(SPACE, evaluate, GOALS, evaluations=count, sampler=RandomSampler(seed=0), progress=lambda *_: None)
+
+    for count in (8, 9, 12):
+        seen = [
+            entry.seen for entry in predictor_quality(measured(evaluate, count), SPACE) if entry.objective == "high"
+        ]
+        assert seen == sorted(set(seen))
+        assert seen[0] == 4
+        assert count - seen[-1] >= 4
+    level = predictor_quality(measured(lambda params: evaluate(params) | {"low": 3.0}, 30), SPACE)
+    assert {entry.objective for entry in level} == {"high"}, "equal values have no rank, which is not a rank of 0"

@@ -230,3 +230,56 @@ def test_the_random_start_is_the_same_with_few_rows_checked(high, most):
         assert found == wanted
         assert most < 19 or len(asked) <= 16
         tried.add(encoding.keys(encoding.genes(found)[None])[0])
+
+
+class Counted(LINASSampler):
+    """Counts its fits."""
+
+    fits = 0
+
+    def _propose(self, encoding, known, avoid):
+        self.fits += 1
+        return super()._propose(encoding, known, avoid)
+
+
+def test_trials_that_end_late_let_no_model_be_fitted_anew():
+    sampler = small(SPACE, Counted)
+    study, rng, waiting = optuna.create_study(sampler=sampler), np.random.default_rng(0), []
+    for _ in range(100):
+        waiting.append(study.ask(dict(SPACE.decisions)))
+        if len(waiting) == 8:
+            trial = waiting.pop(int(rng.integers(8)))
+            study.tell(trial, value(trial.params))
+    assert sampler.fits <= 20  # 15 batches of six after the first six, were they told one after the other
+    assert len(set(points(study.trials))) == 100
+
+
+def test_the_model_sees_trials_in_the_order_in_which_they_ended():
+    class Watching(LINASSampler):
+        seen: np.ndarray
+
+        def _propose(self, encoding, known, avoid):
+            self.seen = known.values[:, 0]
+            return super()._propose(encoding, known, avoid)
+
+    sampler = small(SPACE, Watching)
+    study = optuna.create_study(sampler=sampler)
+    trials = [study.ask(dict(SPACE.decisions)) for _ in range(7)]
+    for place in (3, 6, 0, 5, 4, 1, 2):
+        study.tell(trials[place], float(place))
+    study.ask(dict(SPACE.decisions))
+    assert sampler.seen.tolist() == [3, 6, 0, 5, 4, 1]
+
+
+def test_a_sampler_for_a_second_study_starts_from_that_one(monkeypatch):
+    """A study that is gone may leave its address to the next one."""
+    monkeypatch.setattr("netwright.search._model_sampler.id", lambda thing: 7, raising=False)
+    used, fresh = small(SPACE), small(SPACE)
+    suggested(optuna.create_study(sampler=used), 7, lambda trial: None)
+    wanted = optuna.create_study(sampler=fresh)
+    second = optuna.create_study(sampler=used)
+    for each in (wanted, second):
+        for _ in range(13):
+            trial = each.ask(dict(SPACE.decisions))
+            each.tell(trial, float(20 * trial.params["y"] - trial.params["x"]))
+    assert points(second.trials) == points(wanted.trials)

@@ -1,6 +1,7 @@
 """NAS-Bench-201: the restricted reader, features and graphs of cells, the table."""
 
 import importlib.util
+import itertools
 import pickle
 
 import numpy as np
@@ -75,3 +76,17 @@ def test_the_table():
     assert max(table.accuracy[c] for c in disconnected) < min(
         table.accuracy[c] for c in table.accuracy if c not in disconnected
     )
+
+
+@pytest.mark.parametrize(("factor", "fits"), [(1e-3, True), (1.0, False), (1e-6, False)])
+def test_latencies_in_another_unit_are_refused(factor, fits, monkeypatch, tmp_path):
+    """Twenty milliseconds: in seconds, as they should be, in milliseconds, in kiloseconds."""
+    cells = ("".join(map(str, digits)) for digits in itertools.product(range(5), repeat=6))
+    rows = {cell: {"val_acc": [50.0, 52.0], "latency": [20.0 * factor]} for cell in cells}
+    (tmp_path / "cifar10.pkl").write_bytes(pickle.dumps(rows))
+    monkeypatch.setattr(importlib.import_module("netwright.search.nasbench201"), "_folder", lambda: tmp_path)
+    if fits:
+        assert all(each == pytest.approx(20.0) for each in nasbench201("cifar10").latency_ms.values())
+    else:
+        with pytest.raises(DataError, match=r"latencies in .*cifar10\.pkl are not in seconds"):
+            nasbench201("cifar10")

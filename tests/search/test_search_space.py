@@ -10,7 +10,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from netwright.search import Graph, Rule, SearchSpace, SpaceError
 from netwright.search._encoding import Encoding
-from netwright.search.space import from_unit, to_unit
+from netwright.search.space import from_unit, to_unit, values
 
 BLOCKS = SearchSpace(
     {
@@ -179,3 +179,37 @@ def test_genes_round_trip_and_features():
 def test_graph_without_a_label_keeps_the_ways():
     graph = Graph(("in", "skip", "skip", "conv", "out"), ((0, 1), (1, 2), (2, 3), (3, 4), (1, 4)))
     assert graph.without("skip") == Graph(("in", "conv", "out"), ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize(
+    "distribution", [IntDistribution(0, 4), FloatDistribution(0, 4), FloatDistribution(0, 4, step=1)]
+)
+def test_only_numbers_are_values_of_an_ordered_decision(distribution):
+    space = SearchSpace({"n": distribution})
+    for value in (2, 2.0, np.int64(2), np.float64(2)):
+        space.check({"n": value})
+    for value in ("2", True, np.True_, None, [2], float("nan"), 5):
+        with pytest.raises(SpaceError, match=r"Decision 'n' must be one of 0(\.0)? to 4"):
+            space.check({"n": value})
+    SearchSpace({"n": CategoricalDistribution((True, "2"))}).check({"n": True})
+    SearchSpace({"n": CategoricalDistribution((True, "2"))}).check({"n": "2"})
+
+
+def test_an_integer_decision_has_no_broken_values():
+    with pytest.raises(SpaceError, match=r"Decision 'n' must be one of 0 to 4 .* got 2\.5"):
+        SearchSpace({"n": IntDistribution(0, 4)}).check({"n": 2.5})
+
+
+@pytest.mark.parametrize(
+    ("distribution", "wanted"),
+    [
+        (IntDistribution(2, 8, step=3), [2, 5, 8]),
+        (IntDistribution(1, 4, log=True), [1, 2, 3, 4]),
+        (FloatDistribution(0.0, 1.0, step=0.5), [0.0, 0.5, 1.0]),
+        (FloatDistribution(3.0, 3.0), [3.0]),
+        (CategoricalDistribution(("a", None)), ["a", None]),
+    ],
+)
+def test_all_values_of_a_distribution(distribution, wanted):
+    assert values(distribution) == wanted
+    assert SearchSpace({"x": distribution}).size == len(wanted)

@@ -224,6 +224,11 @@ def test_an_invalid_sub_network_is_named():
     net = SuperNet(dense(), task_of(dense(), (6,)))
     with pytest.raises(SpaceError, match="width/0"):
         net.extract({"width/0": 1000, "width/2": 2})
+    for wrong in ("3", True, 2.5, None):
+        with pytest.raises(SpaceError, match="Decision 'width/0' must be one of"):
+            net.extract({"width/0": wrong, "width/2": 2})
+    whole = net.extract({"width/0": 3.0, "width/2": 2})
+    assert torch.equal(whole[0].weight, net.extract({"width/0": 3, "width/2": 2})[0].weight)
     with pytest.raises(SpaceError, match="'width/2' is missing"):
         net.extract({"width/0": 3})
     with pytest.raises(SpaceError, match="no decision"):

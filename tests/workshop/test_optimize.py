@@ -273,7 +273,7 @@ def _is_worker_of(pid: int, parent: int) -> bool:
 
 
 def test_the_recipe_makes_the_model_again(finished: Path, tmp_path: Path) -> None:
-    again = replay(finished / "recipe.json", tmp_path / "again")
+    again = replay(finished, tmp_path / "again")  # by its folder
     chosen = json.loads((finished / "result.json").read_text())["chosen"]
     assert again["macs"] == chosen["macs"]
     assert again["score"]["val"] == pytest.approx(chosen["score"]["val"], abs=0.03)
@@ -289,6 +289,11 @@ def test_the_recipe_makes_the_model_again(finished: Path, tmp_path: Path) -> Non
 def test_replay_refuses_what_is_no_recipe(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptRunError, match="it lacks"):
         replay(finished / "layers.json", tmp_path / "again")
+    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for folder, words in ((tmp_path, "it lacks"), (tmp_path / "empty", "holds no recipe.json: it is written when")):
+        with pytest.raises(CorruptRunError, match=words):
+            replay(folder, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 

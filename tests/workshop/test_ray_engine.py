@@ -6,12 +6,17 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import psutil
 import pytest
+import tiny
 from subjects import prune, request, subject
+from torch.utils.data import TensorDataset
 
+from netwright.core.data import Data
 from netwright.core.errors import NetwrightError
 from netwright.workshop.evaluation import Outcome
 from netwright.workshop.ray_engine import RayEngine
@@ -37,16 +42,45 @@ def actors() -> list[int]:
     return found
 
 
+@contextmanager
+def own_cluster() -> Iterator[None]:
+    """Inside, Ray is started on this machine alone."""
+    pytest.importorskip("ray", reason="Ray is an extra: pip install 'netwright[ray]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield
+
+
+class Homesick(TensorDataset):
+    """Cannot be read where it was not made."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _lost, ()
+
+
+def _lost() -> None:
+    raise LookupError("my files are not here")
+
+
+def test_a_task_that_an_actor_cannot_read_is_no_candidates_fault() -> None:
+    data = Data(*(Homesick(*part.tensors) for part in tiny.data().splits().values()))
+    with own_cluster():
+        made = RayEngine(replace(subject(), task=replace(tiny.task(), data=data)), 1)
+        try:
+            made.submit(request(0, epochs=0.05))
+            with pytest.raises(NetwrightError, match=r"in a worker process: LookupError: my files are .*--resume"):
+                collect(made, 1)
+        finally:
+            made.close()
+
+
 @pytest.fixture(scope="module")
 def engine() -> Iterator[RayEngine]:
-    pytest.importorskip("ray", reason="Ray is an extra: pip install 'netwright[ray]'")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    patch.delenv("RAY_ADDRESS", raising=False)
-    made = RayEngine(subject(), 2)
-    yield made
-    made.close()  # one actor is busy
-    patch.undo()
+    with own_cluster():
+        made = RayEngine(subject(), 2)
+        yield made
+        made.close()  # one actor is busy
     assert actors() == []
 
 

@@ -49,12 +49,13 @@ def compress_command(
     The network is trained by the task's recipe unless it comes trained. Every method starts from it and has the same
     epochs of training. Models, a table and a figure lie in the folder.
     """
+    place = out or Path("runs") / f"compress-{task.replace(':', '-').replace('/', '-')}"
+    place = place.absolute()  # loading a task may change the working directory
     found = load_task(task)
     methods = _methods(method, settings or [])
     if dry:
         typer.echo(json.dumps({name: described(made) for name, made in methods.items()}, indent=2))
         return
-    place = out or Path("runs") / f"compress-{task.replace(':', '-').replace('/', '-')}"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = compare(

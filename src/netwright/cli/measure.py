@@ -38,6 +38,7 @@ def measure_command(
 
     The last line compares the model with itself: how far from 1.00 it is tells how noisy the machine is.
     """
+    weights = weights and weights.absolute()  # loading a task may change the working directory
     found = load_task(task)
     model = found.build(seed=0)
     if weights is not None:

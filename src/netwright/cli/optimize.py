@@ -84,7 +84,7 @@ def optimize_command(
     """
     if not target and not resume:
         raise typer.BadParameter("say what is wanted, such as latency<=0.4x", param_hint="--target")
-    place = usual_place(task) if out is None else out
+    place = (usual_place(task) if out is None else out).absolute()  # loading a task may change the working directory
     console = Console()
     asked: dict[str, Any] = {
         "keep": keep,

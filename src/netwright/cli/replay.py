@@ -15,7 +15,7 @@ __all__ = ["replay_command"]
 
 @app.command("replay")
 def replay_command(
-    recipe: Annotated[Path, typer.Argument(help="The recipe.json of a finished run.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run, or its recipe.json.", show_default=False)],
     out: Annotated[Path, typer.Option(help="A new folder for the model files.", show_default=False)],
     task: Annotated[
         str | None,
@@ -24,6 +24,6 @@ def replay_command(
 ) -> None:
     """Make the chosen model of a run again: train, compress and recover, without the search."""
     with ConsoleProgress("replay") as progress:
-        point = replay(recipe, out, task=task, progress=progress.update)
+        point = replay(run, out, task=task, progress=progress.update)
     score = f", validation score {point['score']['val']:.4f}" if "score" in point else ""
     Console().print(f"{out / 'model.onnx'}{score}", markup=False, soft_wrap=True)

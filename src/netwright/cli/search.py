@@ -16,6 +16,7 @@ from rich.table import Table
 
 from netwright.cli.app import app
 from netwright.cli.choices import Engine
+from netwright.core.check import check_task
 from netwright.core.console import ConsoleProgress
 from netwright.core.errors import NetwrightError, SettingError
 from netwright.core.task import Task, load_object, load_task
@@ -77,15 +78,17 @@ def search_command(
 
     The folder holds the super-network's weights, the log of all evaluations, the front as ONNX files, and a report.
     """
+    place = out or Path("runs") / f"search-{task.replace(':', '-').replace('/', '-')}"
+    place = place.absolute()  # loading a task may change the working directory
     found = load_task(task)
     net = None if space is None else _given(space, found)
     if dry:
+        check_task(found)
         shown = net or SuperNet(found.build(seed), found)
         typer.echo(f"{shown.space.size:.3g} candidates.")
         for name, decision in shown.space.decisions.items():
             typer.echo(f"  {name}: {decision}")
         return
-    place = out or Path("runs") / f"search-{task.replace(':', '-').replace('/', '-')}"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ConsoleProgress(f"search {task}") as progress:
         try:

@@ -52,15 +52,17 @@ def train_command(
     Every training starts from the same weights and sees the same batches. Settings are chosen on the validation set;
     the test set is read once for each optimizer.
     """
+    place = out or Path("runs") / f"train-{task.replace(':', '-').replace('/', '-')}"
+    place = place.absolute()  # loading a task may change the working directory
+    given = None if recipe is None else _recipe(recipe)
     found = load_task(task)
-    base = _recipe(recipe) if recipe is not None else found.recipe or Recipe()
+    base = given or found.recipe or Recipe()
     names = None if compare is None else [name.strip() for name in compare.split(",") if name.strip()]
     entries = training_entries(change_recipe(base, changes or []), names, _numbers(lrs))
     if dry:
         shown = [{"name": entry.name, **json.loads(entry.recipe.to_json())} for entry in entries]
         typer.echo(json.dumps(shown, indent=2))
         return
-    place = out or Path("runs") / f"train-{task.replace(':', '-').replace('/', '-')}"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     command = shlex.join(["netwright", *(word for word in sys.argv[1:] if word != "--resume")])
     try:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from netwright.core.data import Dataset, Inputs, call, stack, to_device
 from netwright.core.errors import DataError, TaskError
-from netwright.core.evaluate import device_of, score_outputs, settled
+from netwright.core.evaluate import device_of, evaluate, score_outputs, settled
 from netwright.core.losses import task_loss
 from netwright.core.outputs import to_cpu
 from netwright.core.overlap import check_overlap
@@ -30,8 +32,9 @@ def check_task(task: Task) -> None:
 
     Of every split the first, the last and 256 random items are looked at (all items of a ``TensorDataset`` for values
     that are not finite): pairs of input and target, finite, of the same structure, shape and dtype in all splits.
-    The model takes a batch of them, the loss of it is a finite scalar that depends on the model, the score of some
-    ``val`` items is a finite number, and the splits do not share items (:func:`netwright.core.overlap.check_overlap`).
+    The model takes a batch of them, the loss of it is a finite scalar that depends on the model and does not mix items
+    up, the score of some ``val`` items, or else of all, is a finite number, and the splits do not share items
+    (:func:`netwright.core.overlap.check_overlap`).
 
     Takes well under a second plus the time to load some thousand items. A task's own ``fit`` and ``evaluate`` are
     not called.
@@ -126,7 +129,12 @@ def _check_loss(task: Task, model: nn.Module, items: Mapping[int, Any]) -> None:
     output = _output(task, model, inputs)
     if isinstance(output, Tensor):
         _check_classes(task, output, items)
-    loss = task_loss(task, output, targets)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loss = task_loss(task, output, targets)
+    for warning in said:
+        _check_broadcast(task, str(warning.message), len(targets))
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if not math.isfinite(float(loss.detach())):
         raise TaskError(
             f"Task {task.name!r}: the loss of the first training batch is {float(loss.detach())}. Look for log(0), "
@@ -134,6 +142,17 @@ def _check_loss(task: Task, model: nn.Module, items: Mapping[int, Any]) -> None:
         )
     if not loss.requires_grad:
         raise TaskError(f"Task {task.name!r}: the loss does not depend on any parameter that requires a gradient.")
+
+
+def _check_broadcast(task: Task, warning: str, size: int) -> None:
+    """Refuse a loss of which torch warns that each of ``size`` outputs meets the targets of all items."""
+    found = re.match(r"Using a target size \((.*?)\) that is different to the input size \((.*?)\)", warning)
+    target, output = (tuple(map(int, re.findall(r"\d+", part))) for part in found.groups()) if found else ((), ())
+    if len(target) != len(output) and target[:1] == output[:1] == (size,):
+        raise TaskError(
+            f"Task {task.name!r}: the loss compares shape {output} with shape {target}, so each output with the "
+            "targets of all items of the batch. Give both one shape: output.squeeze(-1) or target.unsqueeze(-1)."
+        )
 
 
 def _check_classes(task: Task, output: Tensor, items: Mapping[int, Any]) -> None:
@@ -174,7 +193,12 @@ def _check_score(task: Task, model: nn.Module, items: Mapping[int, Any]) -> None
     inputs, targets = _batch(list(items.values()), model)
     with settled(model):
         output = _output(task, model, inputs)
-    score_outputs(task, to_cpu(output, task.name), targets.cpu())
+    try:
+        score_outputs(task, to_cpu(output, task.name), targets.cpu())
+    except TaskError:
+        if len(items) == len(task.data.val):
+            raise
+        evaluate(model, task, "val")  # a few items may be of one class only, or have none to count
 
 
 def _batch(items: list[Any], model: nn.Module) -> tuple[Inputs, Tensor]:

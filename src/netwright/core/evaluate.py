@@ -2,8 +2,10 @@
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,6 +23,8 @@ Model: TypeAlias = nn.Module | Callable[..., Any]
 """An ``nn.Module``, or anything called like one (a wrapped ONNX Runtime session)."""
 
 _WORK = 500_000_000  # output elements that one bootstrap may resample
+_SECONDS = 2.0  # after which a bootstrap ends, if it has enough resamples
+_LONGEST = 30.0  # seconds that the fewest resamples may take
 _FEWEST = 100  # resamples below which a percentile says nothing
 
 
@@ -130,8 +134,9 @@ def score_interval(
     r"""Bootstrap percentile interval of a score over the items of a split.
 
     Items are drawn with replacement, the score of each draw is taken, and the interval is between the
-    :math:`(1-\text{level})/2` and :math:`(1+\text{level})/2` quantiles. Time is bounded: large outputs get fewer
-    resamples, so that at most 5e8 output elements are gathered, though never fewer than 100 (or than asked).
+    :math:`(1-\text{level})/2` and :math:`(1+\text{level})/2` quantiles. Time is bounded: large outputs and slow
+    scores get fewer resamples, so that at most 5e8 output elements are gathered, and none after 2 seconds, though never
+    fewer than 100 (or than asked). Where these take more than 30 seconds there is no interval.
 
     Args:
         task: whose score is taken.
@@ -145,7 +150,7 @@ def score_interval(
         ``(low, high)``.
 
     Raises:
-        TaskError: a score that is undefined on more than half of the draws.
+        TaskError: a score that is undefined on more than half of the draws, or too slow.
 
     Example:
         >>> from netwright.core.task import load_task
@@ -155,8 +160,9 @@ def score_interval(
         >>> low <= score_outputs(task, outputs, targets) <= high
         True
     """
-    draws = _draws(len(targets), _bounded(resamples, count_elements(outputs)), seed)
-    return _percentiles([_try_score(task, outputs, targets, index) for index in draws], level, task)
+    count = _bounded(resamples, count_elements(outputs))
+    scores = _resampled(task, partial(_try_score, task, outputs, targets), len(targets), count, seed)
+    return _percentiles(scores, level, task)
 
 
 def paired_interval(
@@ -179,7 +185,7 @@ def paired_interval(
         outputs_a: concatenated outputs of the first model (a baseline).
         outputs_b: concatenated outputs of the second.
         targets: ``(n, ...)``.
-        resamples: draws; fewer for large outputs, see :func:`score_interval`.
+        resamples: draws; fewer for large outputs and slow scores, see :func:`score_interval`.
         seed: source of the draws.
         level: coverage, in (0, 1).
 
@@ -187,14 +193,14 @@ def paired_interval(
         ``(low, high)``; an interval above zero says that ``b`` is better.
 
     Raises:
-        TaskError: a score that is undefined on more than half of the draws.
+        TaskError: a score that is undefined on more than half of the draws, or too slow.
     """
-    elements = count_elements(outputs_a) + count_elements(outputs_b)
-    draws = _draws(len(targets), _bounded(resamples, elements), seed)
-    differences = [
-        _try_score(task, outputs_b, targets, index) - _try_score(task, outputs_a, targets, index) for index in draws
-    ]
-    return _percentiles(differences, level, task)
+
+    def difference(index: Tensor) -> float:
+        return _try_score(task, outputs_b, targets, index) - _try_score(task, outputs_a, targets, index)
+
+    count = _bounded(resamples, count_elements(outputs_a) + count_elements(outputs_b))
+    return _percentiles(_resampled(task, difference, len(targets), count, seed), level, task)
 
 
 @contextmanager
@@ -263,9 +269,18 @@ def _bounded(resamples: int, elements: int) -> int:
     return min(resamples, max(_FEWEST, _WORK // max(1, elements)))
 
 
-def _draws(size: int, count: int, seed: int) -> Iterator[Tensor]:
+def _resampled(task: Task, score: Callable[[Tensor], float], size: int, count: int, seed: int) -> list[float]:
+    """The score of ``count`` draws of ``size`` items, or of those for which there was time."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(size, (size,), generator=generator) for _ in range(count))
+    scores: list[float] = []
+    begin, fastest, fewest = time.perf_counter(), math.inf, min(count, _FEWEST)
+    while len(scores) < fewest or (len(scores) < count and time.perf_counter() - begin < _SECONDS):
+        start = time.perf_counter()
+        scores.append(score(torch.randint(size, (size,), generator=generator)))
+        fastest = min(fastest, time.perf_counter() - start)  # a first call may load or compile something
+        if len(scores) > 1 and time.perf_counter() - begin > _SECONDS and fastest * fewest > _LONGEST:
+            raise TaskError(f"Task {task.name!r}: a score that takes {fastest:.1g} s is too slow for an interval.")
+    return scores
 
 
 def _try_score(task: Task, outputs: Any, targets: Tensor, index: Tensor) -> float:

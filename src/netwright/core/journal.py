@@ -10,6 +10,8 @@ from typing import Any
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from netwright.core.errors import RunDirectoryError
+
 __all__ = ["new_journal", "without_interruption"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -20,18 +22,32 @@ def new_journal(path: Path) -> JournalStorage:
 
     Args:
         path: the file.
+
+    Raises:
+        RunDirectoryError: now or whenever the journal grows, it cannot be written, for example on a full disk.
     """
-    for stale in (path, path.with_name(path.name + ".lock")):
-        stale.unlink(missing_ok=True)
-    return JournalStorage(_Backend(str(path)))
+    with _writing(path):
+        for stale in (path, path.with_name(path.name + ".lock")):
+            stale.unlink(missing_ok=True)
+        return JournalStorage(_Backend(str(path)))
 
 
 class _Backend(JournalFileBackend):
     """Optuna releases its lock in two steps, and fails with an error of its own where Ctrl-C comes between them."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        with without_interruption():
+        with _writing(Path(self._file_path)), without_interruption():
             super().append_logs(logs)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunDirectoryError(
+            f"Cannot write {path}: {error.strerror or error}. Free some space, then go on with --resume."
+        ) from error
 
 
 @contextmanager

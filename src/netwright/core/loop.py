@@ -17,7 +17,14 @@ from netwright.core.checkpoint import load_checkpoint, require_same, save_checkp
 from netwright.core.errors import NonFiniteLossError, RunDirectoryError
 from netwright.core.evaluate import evaluate
 from netwright.core.objective import Objective
-from netwright.core.optimization import Parameterization, at_rest, make_average, make_optimizer, make_schedule
+from netwright.core.optimization import (
+    Parameterization,
+    at_rest,
+    kept_bytes,
+    make_average,
+    make_optimizer,
+    make_schedule,
+)
 from netwright.core.randomness import isolated, restore_states, save_states
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
@@ -151,7 +158,7 @@ class Loop:
         if checkpoint is not None and (saved_step < self.total or not checkpoint.exists()):
             save_checkpoint(checkpoint, self._state())
         self._settle()
-        return FitResult(self.model, tuple(self.history), self.step, self._seconds(), self._optimizer_bytes())
+        return FitResult(self.model, tuple(self.history), self.step, self._seconds(), kept_bytes(self.optimizer))
 
     def _iterate(self, index: Tensor) -> float:
         inputs, targets = take(self.task.data.train, index, self.device)
@@ -228,10 +235,6 @@ class Loop:
     def _seconds(self) -> float:
         return self.before + time.monotonic() - self.start
 
-    def _optimizer_bytes(self) -> int:
-        kept = [value for state in self.optimizer.state.values() for value in state.values()]
-        return sum(value.nbytes for value in kept if isinstance(value, Tensor) and value.ndim > 0)
-
     def _shuffle(self) -> Tensor:
         return torch.randperm(len(self.task.data.train), generator=self.generator)
 
@@ -260,6 +263,7 @@ class Loop:
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "clip": _state_of(self.objective.clip),
+            "parameterization": self.parameterization.state_dict(),
             "epoch_start": self.epoch_start if within else self.generator.get_state(),
             "random": save_states(self.device),
             "step": self.step,
@@ -280,6 +284,7 @@ class Loop:
             self.average.load_state_dict(state["average"])
         if state["clip"] is not None:
             self.objective.clip.load_state_dict(state["clip"])
+        self.parameterization.load_state_dict(state.get("parameterization"))  # older checkpoints have none
         self.epoch_start = state["epoch_start"]
         self.step, self.losses, self.score = state["step"], state["losses"], state["score"]
         self.history = [Record(*values) for values in state["history"]]

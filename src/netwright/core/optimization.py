@@ -18,6 +18,7 @@ __all__ = [
     "Parameterization",
     "at_rest",
     "closure_kind",
+    "kept_bytes",
     "make_average",
     "make_clip",
     "make_optimizer",
@@ -35,7 +36,8 @@ class Parameterization:
 
     Args:
         recipe: names the function that rewrites the model in place. It may return parameter groups for the optimizer,
-            or an object whose ``remove()`` undoes it.
+            or an object whose ``remove()`` undoes it; one with ``state_dict`` and ``load_state_dict`` is saved with a
+            checkpoint.
         model: what is rewritten.
 
     Raises:
@@ -54,6 +56,15 @@ class Parameterization:
         """Parameter groups that the parameterization asks for."""
         groups = isinstance(self._found, list) and all(isinstance(entry, dict) for entry in self._found)
         return self._found if groups and self._found else None
+
+    def state_dict(self) -> Any:
+        """What the parameterization keeps beside the model, where it can be loaded again; else None."""
+        return self._found.state_dict() if hasattr(self._found, "load_state_dict") else None
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on with what :meth:`state_dict` returned."""
+        if state is not None:
+            self._found.load_state_dict(state)
 
     def remove(self) -> None:
         """Fold everything into plain weights that compute the same."""
@@ -133,6 +144,26 @@ def at_rest(optimizer: Optimizer) -> Iterator[None]:
         yield
 
 
+def kept_bytes(optimizer: Optimizer) -> int:
+    """What the optimizer keeps between steps: all tensors with dimensions in its ``state_dict``, however deep.
+
+    Example:
+        >>> import torch
+        >>> kept_bytes(torch.optim.Adam([torch.zeros(3)]))  # before the first step
+        0
+    """
+    return sum(value.nbytes for value in _tensors(optimizer.state_dict()) if value.ndim > 0)
+
+
+def _tensors(kept: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers."""
+    if isinstance(kept, Tensor):
+        yield kept
+    elif isinstance(kept, Mapping | list | tuple):
+        for part in kept.values() if isinstance(kept, Mapping) else kept:
+            yield from _tensors(part)
+
+
 def make_clip(recipe: Recipe) -> Any:
     """What clips the gradients: a function of the parameters; or None.
 
@@ -191,6 +222,9 @@ def _callable(path: str, found: Any) -> Any:
 def make_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRScheduler | None:
     """The recipe's schedule, told the number of iterations where its signature asks for it; or None.
 
+    A schedule that also moves the momentum does so only where the optimizer has one that the recipe leaves to its
+    default, and that default is not 0.
+
     Args:
         recipe: names the schedule and its settings.
         optimizer: whose learning rate is moved.
@@ -198,16 +232,23 @@ def make_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRSchedul
             the optimizer's own rate fills ``max_lr``.
 
     Raises:
-        RecipeError: a path that leads to no schedule, settings that it refuses, a schedule that is stepped by a
-            metric and not by iterations, or one that ends before the fit does.
+        RecipeError: an optimizer without a learning rate, a path that leads to no schedule, settings that it refuses, a
+            schedule that is stepped by a metric and not by iterations, or one that ends before the fit does.
     """
     if recipe.schedule is None:
         return None
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise RecipeError(
+            f"{recipe.optimizer} has no learning rate for {recipe.schedule} to move. Set schedule=None (on the command "
+            "line, schedule=none)."
+        )
     factory = resolve(recipe.schedule)
     settings = dict(recipe.schedule_settings)
     known = inspect.signature(factory).parameters
-    if "max_lr" in known and "max_lr" not in settings and all("lr" in group for group in optimizer.param_groups):
+    if "max_lr" in known and "max_lr" not in settings:
         settings["max_lr"] = [float(group["lr"]) for group in optimizer.param_groups]
+    if "cycle_momentum" in known and "cycle_momentum" not in settings and not _leaves_momentum(recipe, optimizer):
+        settings["cycle_momentum"] = False
     if not _OTHER_LENGTHS & settings.keys():
         settings = {name: steps for name in SCHEDULE_LENGTHS if name in known} | settings
     try:
@@ -226,3 +267,19 @@ def make_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRSchedul
             "filled in."
         )
     return schedule
+
+
+def _leaves_momentum(recipe: Recipe, optimizer: Optimizer) -> bool:
+    """Whether the optimizer has a momentum that a schedule may move: one that nobody has set, and that is not 0."""
+    names = {"momentum", "betas"}
+    if not names & optimizer.defaults.keys() or names & set(_named(recipe.optimizer_settings)):
+        return False
+    return all(group.get("momentum", 1.0) != 0 for group in optimizer.param_groups)
+
+
+def _named(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Names of settings, those of an optimizer within the optimizer among them."""
+    for name, value in settings.items():
+        yield name
+        if isinstance(value, Mapping):
+            yield from _named(value)

@@ -142,7 +142,9 @@ class Recipe:
             return {name: value * rate if name in ("lr", "max_lr") else value for name, value in settings.items()}
 
         return self.replace(
-            optimizer_settings=changed(self.optimizer_settings), schedule_settings=changed(self.schedule_settings)
+            optimizer_settings=changed(self.optimizer_settings),
+            schedule_settings=changed(self.schedule_settings),
+            parameterization_settings=changed(self.parameterization_settings),  # where muP has its rate
         )
 
     def to_json(self) -> str:

@@ -34,12 +34,16 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        CorruptRunError: the file is missing, truncated or not JSON.
+        CorruptRunError: the file is missing, cannot be read, is truncated or not JSON.
     """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise CorruptRunError(f"{path} is missing, so {path.parent} is not a whole run.") from error
+    except OSError as error:
+        raise CorruptRunError(
+            f"{path} cannot be read: {error.strerror or error}. It must be a file of JSON that you may read."
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CorruptRunError(
             f"{path} is not valid JSON ({error}). It was truncated or edited; restore it, or start again in another "
@@ -102,16 +106,16 @@ class RunDirectory:
         """Assure that a run can begin here; what a start that failed left behind does not count.
 
         Raises:
-            RunDirectoryError: the path is a file, or a folder that is not empty.
+            RunDirectoryError: the path is a file, or a folder that is not empty or not writable.
             RunLockedError: a live process writes there.
         """
-        if not self.path.exists():
-            parent = next(folder for folder in self.path.absolute().parents if folder.exists())
-            if not os.access(parent, os.W_OK):
-                raise RunDirectoryError(f"Cannot make {self.path}: {parent} is not writable.")
+        nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if os.path.exists(folder))
+        if not nearest.is_dir():
+            raise RunDirectoryError(f"{nearest} is a file. Give a folder with --out.")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise RunDirectoryError(f"Cannot write {self.path}: {nearest} is not writable. Give another with --out.")
+        if nearest != self.path:
             return
-        if not self.path.is_dir():
-            raise RunDirectoryError(f"{self.path} is a file. Give a folder with --out.")
         if (self.path / MARK).exists():
             self._check_unlocked()
             raise RunDirectoryError(
@@ -129,10 +133,10 @@ class RunDirectory:
         """Assure that a run lies here and nobody else is writing it.
 
         Raises:
-            RunDirectoryError: no run lies here.
+            RunDirectoryError: no run lies here, or it cannot be written.
             RunLockedError: a live process writes there.
         """
-        if not (self.path / MARK).exists():
+        if not os.path.exists(self.path / MARK):
             raise RunDirectoryError(f"{self.path} holds no run to resume: there is no {MARK} in it.")
         self._check_unlocked()
 
@@ -244,16 +248,14 @@ class RunDirectory:
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
-            raise self._locked() from error
+            raise RunLockedError(
+                f"{self.path} is being written by another running process. Wait for it, or stop it first."
+            ) from error
+        except OSError as error:
+            raise RunDirectoryError(
+                f"Cannot write {self.path}: {error.strerror or error}. Mend that, or give another folder with --out."
+            ) from error
 
     def _check_unlocked(self) -> None:
-        try:
-            with FileLock(self.path / _LOCK, timeout=0):
-                pass
-        except Timeout as error:
-            raise self._locked() from error
-
-    def _locked(self) -> RunLockedError:
-        return RunLockedError(
-            f"{self.path} is being written by another running process. Wait for it, or stop it first."
-        )
+        self._own()
+        self.close()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from netwright.core.data import Data, Inputs, call, first_inputs
 from netwright.core.errors import NetwrightError, TaskError
+from netwright.core.neighbours import neighbourhood
 from netwright.core.outputs import Named
 from netwright.core.randomness import seeded
 from netwright.core.recipe import Recipe
@@ -196,7 +197,8 @@ def builtin_tasks() -> tuple[str, ...]:
 def load_task(spec: str) -> Task:
     """The task named by ``spec``: a built-in name, ``file.py:name`` or ``module:name``.
 
-    ``name`` is a :class:`Task`, or a callable without arguments that returns one.
+    ``name`` is a :class:`Task`, or a callable without arguments that returns one. A file imports what stands beside it,
+    as a script does: while it is read its folder comes first on ``sys.path``, and from then on last.
 
     Raises:
         TaskError: nothing of that name, a file that raises, or an object that is not a task.
@@ -260,15 +262,13 @@ def _load_file(path: Path) -> Any:
         raise TaskError(f"{path} cannot be imported as Python.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickling of workers look the module up by name
-    sys.path.insert(0, str(path.resolve().parent))  # its own neighbours import as they would when run
     try:
-        spec.loader.exec_module(module)
+        with neighbourhood(str(path.resolve().parent)):
+            spec.loader.exec_module(module)
     except NetwrightError:
         raise
     except (Exception, SystemExit) as error:
         raise TaskError(f"{path} raised {type(error).__name__} while it was imported: {error}") from error
-    finally:
-        sys.path.remove(str(path.resolve().parent))
     return module
 
 

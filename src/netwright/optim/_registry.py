@@ -14,7 +14,7 @@ from netwright.core.errors import SettingError
 from netwright.core.optimization import closure_kind
 from netwright.core.recipe import resolve
 
-__all__ = ["Capability", "available", "create", "schedules"]
+__all__ = ["Capability", "available", "create", "find", "schedules"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ _OURS: Mapping[str, tuple[str, int | None, str]] = {
     "saddle-free-newton": ("SaddleFreeNewton", 72, "1"),
     "optimal-input-gain": ("OptimalInputGain", 155, "0"),
     "bert-adam": ("BertAdam", None, "2"),
+    "optex": ("OptEx.over", 67, "its base's and 100"),
+    "agvm": ("AGVM.over", 49, "its base's"),
 }
 
 _LR_FREE = frozenset({"sania", "dog", "udog"})
@@ -126,13 +128,8 @@ def create(name: str, params: ParamsT | nn.Module, **settings: Any) -> Optimizer
         >>> create("lion", nn.Linear(2, 1), lr=1e-4).defaults["betas"]
         (0.9, 0.99)
     """
-    known = available()
-    key = name.lower().replace("_", "-")
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known are {', '.join(known)}."
-        raise SettingError(f"There is no optimizer {name!r}. {hint}")
-    record = known[key]
+    record = find(name)
+    key = record.name
     if record.needs_model and "model" not in settings:
         if not isinstance(params, nn.Module):
             raise SettingError(f"{key} works on layers, so it needs the model. Write create({key!r}, model, ...).")
@@ -145,9 +142,25 @@ def create(name: str, params: ParamsT | nn.Module, **settings: Any) -> Optimizer
     return optimizer
 
 
+def find(name: str) -> Capability:
+    """The record of the optimizer called ``name``.
+
+    Raises:
+        SettingError: an unknown name.
+    """
+    known = available()
+    key = name.lower().replace("_", "-")
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known are {', '.join(known)}."
+        raise SettingError(f"There is no optimizer {name!r}. {hint}")
+    return known[key]
+
+
 def _capability(name: str, path: str, paper: int | None, state: str) -> Capability:
-    kind = resolve(path)
-    signature = inspect.signature(kind).parameters
+    maker = resolve(path)
+    signature = inspect.signature(maker).parameters
+    kind = getattr(maker, "__self__", maker)  # the class of a class method, as OptEx.over
     ours = path.startswith("netwright.")
     return Capability(
         name=name,

@@ -1,15 +1,35 @@
 """An optimizer around another one: groups, state and gradients are those of the inner optimizer."""
 
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from netwright.core.errors import SettingError, StateDictError
+from netwright.core.recipe import resolve
 from netwright.optim._base import BaseOptimizer, Group
+from netwright.optim._registry import find
 
-__all__ = ["Wrapper"]
+__all__ = ["Wrapper", "make_base"]
+
+
+def make_base(
+    base: str | Callable[..., Optimizer], params: Any, settings: Mapping[str, Any] | None, lr: float | Tensor | None
+) -> Optimizer:
+    """The optimizer to wrap.
+
+    Args:
+        base: makes it: a class, its import path, or its short name (see ``netwright.optim.available``).
+        params: parameters, or groups of them.
+        settings: its keyword arguments.
+        lr: its learning rate, before that of ``settings``; None leaves it to them.
+    """
+    path = find(base).object if isinstance(base, str) and ":" not in base else base
+    factory: Callable[..., Optimizer] = resolve(path) if isinstance(path, str) else path
+    given = {**(settings or {}), **({} if lr is None else {"lr": lr})}
+    return factory(params, **given)
 
 
 class Wrapper(BaseOptimizer):

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from netwright.core.errors import GradientError, SettingError, StateDictError
-from netwright.core.recipe import resolve
 from netwright.optim._base import Group, check_number
 from netwright.optim._modules import module_groups
-from netwright.optim._wrap import Wrapper
+from netwright.optim._wrap import Wrapper, make_base
 
 __all__ = ["AGVM", "module_groups"]
 
@@ -105,6 +104,8 @@ class AGVM(Wrapper):
     here the inner state decides.
     """
 
+    takes_complex: ClassVar[bool] = True
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -141,18 +142,20 @@ class AGVM(Wrapper):
         base: str | Callable[..., Optimizer] = "torch.optim:SGD",
         base_settings: Mapping[str, Any] | None = None,
         *,
+        lr: float | Tensor | None = None,
         first: Sequence[str] = (),
         **settings: Any,
     ) -> "AGVM":
-        """AGVM over an optimizer that is made here; what a recipe names as ``netwright.optim:AGVM.over``.
+        """AGVM over an optimizer that is made here; ``create("agvm")``, ``netwright.optim:AGVM.over`` in a recipe.
 
         The training loop then shows each batch in two halves.
 
         Args:
             params: the parameters to move; those of the model that are not among them stay.
             model: whose children are the modules, see :func:`module_groups`.
-            base: makes the inner optimizer: a class, or its import path.
+            base: makes the inner optimizer: a class, its import path, or its short name.
             base_settings: its keyword arguments.
+            lr: its learning rate; None leaves it to ``base_settings`` and its own default.
             first: names of children to put first, the reference before all.
             settings: those of :class:`AGVM`.
         """
@@ -161,8 +164,8 @@ class AGVM(Wrapper):
             {**group, "params": [param for param in group["params"] if param in wanted]}
             for group in module_groups(model, *first)
         ]
-        factory: Callable[..., Optimizer] = resolve(base) if isinstance(base, str) else base
-        return cls(factory([group for group in groups if group["params"]], **(base_settings or {})), **settings)
+        moved = [group for group in groups if group["params"]]
+        return cls(make_base(base, moved, base_settings, lr), **settings)
 
     @property
     def scales(self) -> tuple[float, ...]:

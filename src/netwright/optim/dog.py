@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from netwright.core.errors import StateDictError
 from netwright.optim._base import BaseOptimizer, Group, Member, check_number
 from netwright.optim._fused import check_form
 from netwright.optim._vectors import add, distance, lerp, squares
@@ -52,6 +53,7 @@ class DoG(BaseOptimizer):
     Raises:
         SettingError: a setting outside its range.
         GradientError: a sparse gradient.
+        StateDictError: on loading, the state of another optimizer or of another setting of ``average``.
 
     Example:
         >>> weight = torch.tensor([3.0, -2.0], requires_grad=True)
@@ -99,6 +101,22 @@ class DoG(BaseOptimizer):
         check_number(self, "lr", group["lr"])
         check_number(self, "weight_decay", group["weight_decay"])
         check_form(self, group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            StateDictError: the state of another kind of optimizer, or one with an average where this keeps none, or
+                without one where this keeps one.
+        """
+        for state in state_dict["state"].values():
+            if "start" in state and ("average" in state) != (self.average is not None):
+                found = "an average of the iterates" if "average" in state else "no average of the iterates"
+                raise StateDictError(
+                    f"The state holds {found}, and this DoG has average={self.average}. Set average as it was when the "
+                    "state was saved."
+                )
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -123,15 +123,16 @@ class ExactGaussNewton(BaseOptimizer):
     the probability :math:`p` of the right class that is :math:`\frac{p}{1 - p} r_i r_i^\top`, the curvature of the
     margin of the right class over all others. The gradient is exact in both.
 
-    Where items are coupled, as by batch normalization in training, ``"exact"`` computes every row by a backward pass
-    of its own. ``"residual"`` then takes as row of an item what its own activations contribute to the gradient;
-    rows still add up to the exact gradient.
+    Where items are coupled, as by batch normalization in training, ``"residual"`` takes as row of an item what its own
+    activations contribute to the gradient; rows still add up to the exact gradient.
 
     Cost: with :math:`n` rows for each item, one forward pass, :math:`n` backward passes, :math:`O(b^2 n^2 p)` for
     inner products (less where convolutions see few places) and :math:`O(b^3 n^3)` for the system. Memory: momentum, if
     any; while stepping, :math:`n` times the activations, and :math:`b n p` numbers for the parameters of layers other
     than linear, 2d convolution and normalization, for weights under parametrization, and for all where ``"exact"``
-    meets coupled items. The line search and adaptive damping call the closure again, from the same random state.
+    meets coupled items: it then takes a backward pass for each row, about one per item and class (236 times Adam's
+    step on a residual network of 78k parameters at batch 64). The line search and adaptive damping call the closure
+    again, from the same random state.
 
     Args:
         params: parameters, or groups of them.

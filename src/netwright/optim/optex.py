@@ -10,12 +10,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from netwright.core.errors import SettingError, StateDictError
-from netwright.core.recipe import resolve
 from netwright.optim._base import ClosureKind, Group, check_number, require_one_process
 from netwright.optim._gradient_history import GradientHistory
 from netwright.optim._points import Snapshot, flatten, flatten_grads, put, restore, snapshot, split
 from netwright.optim._replicas import Evaluate, Replicas, Result
-from netwright.optim._wrap import Wrapper
+from netwright.optim._wrap import Wrapper, make_base
 
 __all__ = ["OptEx", "Replicas"]
 
@@ -151,18 +150,20 @@ class OptEx(Wrapper):
         params: ParamsT,
         base: str | Callable[..., Optimizer] = "torch.optim:Adam",
         base_settings: Mapping[str, Any] | None = None,
+        *,
+        lr: float | Tensor | None = None,
         **settings: Any,
     ) -> "OptEx":
-        """OptEx over an optimizer that is made here; what a recipe names as ``netwright.optim:OptEx.over``.
+        """OptEx over an optimizer that is made here; ``create("optex")``, ``netwright.optim:OptEx.over`` in a recipe.
 
         Args:
             params: parameters, or groups of them.
-            base: makes the inner optimizer: a class, or its import path.
+            base: makes the inner optimizer: a class, its import path, or its short name.
             base_settings: its keyword arguments.
+            lr: its learning rate; None leaves it to ``base_settings`` and its own default.
             settings: those of :class:`OptEx`.
         """
-        factory: Callable[..., Optimizer] = resolve(base) if isinstance(base, str) else base
-        return cls(factory(params, **(base_settings or {})), **settings)
+        return cls(make_base(base, params, base_settings, lr), **settings)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group to the inner optimizer; the history starts anew."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from netwright.core.errors import ClosureError, SettingError
+from netwright.core.errors import ClosureError, SettingError, StateDictError
 from netwright.optim._base import BaseOptimizer, ClosureKind, Group, check_number, require_one_process
 from netwright.optim._output_curvature import loss_and_outputs
 from netwright.optim._perceptron import BypassPerceptron, layers_of
@@ -16,6 +16,7 @@ __all__ = ["BypassPerceptron", "OptimalInputGain"]
 
 Hidden = Literal["bp", "hwo"]
 
+_COMMON = frozenset({"differentiable", "param_names", "initial_lr", "max_lr", "min_lr"})  # of torch and its schedules
 _RANK = 1e-12  # eigenvalues below this share of the largest are zero
 _HALVINGS = 6  # of a step of the hidden weights after which the error is not smaller
 
@@ -114,6 +115,7 @@ class OptimalInputGain(BaseOptimizer):
         ClosureError: no closure; or, at a step, a loss other than the squared error, or a closure that does not call
             the model once.
         GradientError: sparse gradients.
+        StateDictError: on loading, the state of another optimizer.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -172,6 +174,15 @@ class OptimalInputGain(BaseOptimizer):
     def check(self, group: Group) -> None:
         """Raise ``SettingError`` for a setting of this group outside its range."""
         check_number(self, "lr", group["lr"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state; one of another kind, whose groups have further settings, is a StateDictError."""
+        known = _COMMON.union(self.defaults, *self.param_groups)
+        for group in state_dict["param_groups"]:
+            unknown = sorted(set(group) - known)
+            if unknown:
+                raise StateDictError(self._foreign(f"its groups have {', '.join(unknown)}"))
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]  # torch wants a float

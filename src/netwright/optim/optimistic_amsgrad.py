@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from netwright.core.errors import SettingError
+from netwright.core.errors import SettingError, StateDictError
 from netwright.optim._base import BaseOptimizer, Group, Member, check_number, check_pair
 
 __all__ = ["OptimisticAMSGrad"]
@@ -64,6 +64,7 @@ class OptimisticAMSGrad(BaseOptimizer):
     Raises:
         SettingError: a setting outside its range.
         GradientError: a sparse gradient.
+        StateDictError: on loading, the state of another optimizer or of another ``span``.
 
     Example:
         >>> weight = torch.tensor([3.0, -2.0], requires_grad=True)
@@ -116,6 +117,22 @@ class OptimisticAMSGrad(BaseOptimizer):
         check_number(self, "eps", group["eps"])
         check_number(self, "weight_decay", group["weight_decay"])
         check_pair(self, "betas", group["betas"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            StateDictError: the state of another kind of optimizer, Adam's among them, or of another ``span``.
+        """
+        states = list(state_dict["state"].values())
+        moved = [state for state in states if set(state) - {"seen", "gram"}]
+        for state in moved:
+            if missing := sorted({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"} - set(state)):
+                raise StateDictError(self._foreign(f"it lacks {', '.join(missing)}"))
+        lengths = [len(state[name]) for state in states for name in ("differences", "gram") if name in state]
+        if lengths != [self.span] * (len(moved) + 1 if moved and self.span else 0):  # one for each, and one for all
+            raise StateDictError(f"The state was not saved with span={self.span}. Set span as it was.")
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -41,10 +41,12 @@ class SANIA(BaseOptimizer):
               D_t = \beta D_{t-1} + (1 - \beta) \frac1k \sum_{j=1}^k z_j \circ H z_j
 
     with the loss's Hessian :math:`H` and vectors :math:`z_j` of independent, equally likely signs, for which
-    :math:`z \circ H z` has the expectation :math:`\operatorname{diag} H`. There is no square root: :math:`B` scales as
-    a squared gradient does, and where :math:`\epsilon` is never reached, multiplying the features by any constants
-    leaves the path of the loss as it was. The scale of the loss itself does matter, as :math:`\langle g, s \rangle` of
-    "adagrad" and "adam" has no unit: let it be of the order of 1, as a cross-entropy is.
+    :math:`z \circ H z` has the expectation :math:`\operatorname{diag} H`. There is no square root: :math:`B` of
+    "adagrad" and "adam" scales as a squared gradient does, and where :math:`\epsilon` is never reached, multiplying the
+    features by any constants leaves the path of the loss as it was. A draw of "hutchinson" scales so in expectation
+    only, so that rescaled features give another path: an entry of :math:`z \circ H z` mixes the scales of all features,
+    unless :math:`H` is diagonal. The scale of the loss itself does matter, as :math:`\langle g, s \rangle` of "adagrad"
+    and "adam" has no unit: let it be of the order of 1, as a cross-entropy is.
 
     With "adagrad" and "adam" the closure calls ``backward`` (``closure_kind == "loss"``). With "hutchinson" it returns
     the loss with its graph (``"graph"``); ``grad`` of the parameters is then left alone.
@@ -59,8 +61,8 @@ class SANIA(BaseOptimizer):
         lr: :math:`\gamma`, a factor on the step for schedules; 1 is the method.
         beta: decay of "adam" and "hutchinson", in [0, 1).
         eps: :math:`\epsilon > 0`, in units of the squared gradient ("hutchinson": of the curvature). Entries below it
-            are taken to matter little. Near zero it keeps full scale invariance; networks, with entries whose gradient
-            all but vanishes, need it larger.
+            are taken to matter little. Near zero it keeps the full scale invariance of "adagrad" and "adam"; networks,
+            with entries whose gradient all but vanishes, need it larger.
         optimum: :math:`f^*`, in units of the loss. A loss at or below it stops the step.
         samples: :math:`k`, draws of "hutchinson" in each step.
 

@@ -76,7 +76,7 @@ class Shampoo(BaseOptimizer):
     Args:
         params: parameters or groups.
         lr: learning rate.
-        momentum: in [0, 1).
+        momentum: in [0, 1). Not used with ``grafting="adam"``, whose averaged gradient (``betas``) stands in its place.
         damping: :math:`\epsilon`, in units of the squared gradient.
         decay: of the sums of squares, in (0, 1]; 1 adds up for ever, as in the paper.
         weight_decay: decoupled, in units of 1 / ``lr``.

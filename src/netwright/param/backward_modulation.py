@@ -1,7 +1,7 @@
 """Backward error modulation: errors keep their size on the way back through a deep plain network."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -81,7 +81,8 @@ class BackwardModulation:
     Args:
         model: whose calls are watched. A layer called outside of the model's own call is not modulated.
         tolerance: :math:`\tau \ge 1`. With 1 all errors are brought to the size of the last layer's.
-        steps: modulate only that many forward passes in training mode, the first; None for all.
+        steps: modulate only that many forward passes in training mode, the first; None for all. How many there were is
+            kept by ``state_dict``, and by the checkpoints of ``netwright.fit``.
         include: patterns of names of linear and convolution layers to which it is confined.
         exclude: patterns of layer names to leave out.
 
@@ -140,6 +141,14 @@ class BackwardModulation:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def state_dict(self) -> dict[str, int]:
+        """The forward passes that were modulated, so that a resumed training ends modulation where it would have."""
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self.seen = int(state_dict["seen"])
 
     def __enter__(self) -> "BackwardModulation":
         return self

@@ -69,7 +69,8 @@ def mup(
 
     Not changed by this function: attention must divide its logits by the head's dimension, not its square root, where
     that dimension grows; a schedule must multiply each group's own lr (``LambdaLR``, ``CosineAnnealingLR``, not
-    ``OneCycleLR`` with one ``max_lr``). Weight decay that is multiplied by the lr weakens with it.
+    ``OneCycleLR`` with one ``max_lr``; a recipe that gives no ``max_lr`` has one for each group). Weight decay that is
+    multiplied by the lr weakens with it.
 
     Args:
         model: freshly initialized; rescaled in place.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from netwright.report.run import Cost, Step
+from netwright.report.run import Cost, Point, Step
 
 __all__ = [
     "COST_NAMES",
@@ -149,24 +149,35 @@ def pretty_limit(limit: str) -> str:
 
 @dataclass(frozen=True)
 class ScoreStyle:
-    """How a score is written: accuracies in percent and their changes in points, others as they are.
+    """How a score is written: accuracies from 0 to 1 in percent and their changes in points, others as they are.
 
     Args:
         name: the score's name in the task.
+        known: the baseline's scores, as far as there are any; see :meth:`of`.
 
     Example:
         >>> ScoreStyle("accuracy").value(0.9731), ScoreStyle("accuracy").change(-0.003)
         ('97.3%', '−0.3 points')
         >>> ScoreStyle("r2").value(0.8123), ScoreStyle("r2").change(0.0123)
         ('0.8123', '+0.0123')
+        >>> ScoreStyle("accuracy", (97.31,)).value(97.31)
+        '97.3100'
     """
 
     name: str
+    known: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, baseline: Point | None) -> "ScoreStyle":
+        """The style of a score by its name and by what the baseline scored; None where nothing has been scored."""
+        scores = () if baseline is None else (baseline.score.val, baseline.score.test)
+        return cls(name, tuple(score for score in scores if score is not None))
 
     @property
     def percent(self) -> bool:
-        """Whether the score is a share of right answers."""
-        return "accuracy" in self.name.lower()
+        """Whether the score is a share of right answers: named so, and from 0 to 1 where it is known."""
+        words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", self.name)]
+        return "accuracy" in words and all(0 <= score <= 1 for score in self.known)
 
     @property
     def title(self) -> str:

@@ -55,7 +55,7 @@ def render(run: Run) -> str:
     Args:
         run: what was read from the run directory.
     """
-    style = ScoreStyle(run.settings.score)
+    style = ScoreStyle.of(run.settings.score, run.baseline)
     plots = _plots(run, style)
     menu = axes(run, style)
     result = run.result

@@ -61,12 +61,10 @@ Give the folder that was passed as --out to 'netwright optimize'.
         stored = load_object(path / "run.json", _RESUME)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptRunError(f"{path} is not a run directory: there is no run.json in it. {_NOT_A_RUN}") from error
-    kind = stored.text("kind", default="optimization")
-    if kind in _PAGES:
-        raise CorruptRunError(
-            f"{path} holds a {kind}, not an optimization. {_PAGES[kind]} is written there when the {kind} ends. "
-            f"{_NOT_A_RUN}"
-        )
+    kind = "replay" if stored.has("replay_of") else stored.text("kind", default="optimization")
+    if kind != "optimization":
+        page = f"{_PAGES[kind]} is written there when the {kind} ends. " if kind in _PAGES else ""
+        raise CorruptRunError(f"{path} holds a {kind}, not an optimization. {page}{_NOT_A_RUN}")
     settings = _settings(stored)
     remarks: list[str] = []
     result = _read_result(path / "result.json", remarks)

@@ -20,7 +20,7 @@ def summary_table(run_result: Mapping[str, object], score: str = "score") -> Tab
 
     Args:
         run_result: the content of ``result.json``.
-        score: the score's name, as in ``run.json``; accuracies are shown in percent.
+        score: the score's name, as in ``run.json``; accuracies from 0 to 1 are shown in percent.
 
     Raises:
         CorruptRunError: the content is not that of a ``result.json``.
@@ -31,7 +31,7 @@ def summary_table(run_result: Mapping[str, object], score: str = "score") -> Tab
     table.add_column("Baseline", justify="right")
     table.add_column("Chosen" if result.chosen else "Chosen (none)", justify="right")
     table.add_column("Change", justify="right")
-    for row in compare(result, ScoreStyle(score)):
+    for row in compare(result, ScoreStyle.of(score, result.baseline)):
         table.add_row(
             Text(row.name),
             _cell(row.baseline, row.baseline_interval),

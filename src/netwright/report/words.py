@@ -39,7 +39,8 @@ def headline(run: Run) -> str:
     changes = [cost_change(result, cost) for cost in ("latency", "size")]
     losses = [change.words for change in changes if change and change.verdict == "worse"]
     but = f", but {' and '.join(losses)}," if losses else ""
-    return f"{task}: {opening}{best}{' and '.join(gains)}{but} {_score_words(result, ScoreStyle(run.settings.score))}"
+    style = ScoreStyle.of(run.settings.score, result.baseline)
+    return f"{task}: {opening}{best}{' and '.join(gains)}{but} {_score_words(result, style)}"
 
 
 def best_so_far(run: Run) -> Point | None:

@@ -17,6 +17,7 @@ from netwright.search.hao import (
     HAOMapper,
     HardwareMapping,
     MappingError,
+    UnprovenError,
     convolutions,
 )
 from netwright.search.insight import PredictorQuality, importance, predictor_quality
@@ -80,6 +81,7 @@ __all__ = [
     "Stage",
     "SuperNet",
     "TreeEnsemble",
+    "UnprovenError",
     "WLSampler",
     "alpha_gradient",
     "alphas",

@@ -1,5 +1,6 @@
 """Candidates as rows of numbers: genes, which evolution changes, and features, which predictors see."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -9,7 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from netwright.search.space import Params, SearchSpace, from_unit, to_unit
 
-__all__ = ["Encoding"]
+__all__ = ["Encoding", "restored"]
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -23,6 +24,11 @@ class Encoding:
 
     Args:
         space: what the candidates belong to.
+
+    Attributes:
+        names: of the decisions, in the order of the genes.
+        choices: of each decision, 0 for an ordered one.
+        nested: whether a choice is a tuple, which a store may give back as a list.
     """
 
     def __init__(self, space: SearchSpace) -> None:
@@ -32,6 +38,12 @@ class Encoding:
         self._distributions: list[BaseDistribution] = distributions
         self.choices = np.array(
             [len(d.choices) if isinstance(d, CategoricalDistribution) else 0 for d in distributions]
+        )
+        self.nested = any(
+            isinstance(choice, tuple)
+            for d in distributions
+            if isinstance(d, CategoricalDistribution)
+            for choice in d.choices
         )
         self._grids = [_grid(d) for d in distributions]
         self._known: dict[bytes, tuple[bool, bytes, tuple[float, ...]]] = {}
@@ -132,3 +144,15 @@ def _grid(distribution: BaseDistribution) -> int:
     ):
         return 0
     return int((distribution.high - distribution.low) / distribution.step + 1e-9) + 1
+
+
+def restored(params: Params, space: SearchSpace) -> dict[str, Any]:
+    """A candidate out of a store, with the space's own choices where JSON made lists of tuples."""
+    return {name: _choice(space.decisions.get(name), value) for name, value in params.items()}
+
+
+def _choice(distribution: BaseDistribution | None, value: Any) -> Any:
+    if not isinstance(value, list) or not isinstance(distribution, CategoricalDistribution):
+        return value
+    same = (choice for choice in distribution.choices if json.loads(json.dumps(choice)) == value)
+    return next(same, value)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,8 +14,8 @@ from netwright.core.graph import Graph, Group, Place, trace
 from netwright.core.graph.agreement import difference
 from netwright.core.graph.export import arguments
 from netwright.core.graph.inference import inference
-from netwright.core.graph.macs import count_macs
 from netwright.search._growing_masks import LAYERS
+from netwright.search._growing_operations import works
 
 __all__ = ["Kept", "Structure"]
 
@@ -24,19 +23,6 @@ Kept = dict[str, dict[int, Tensor]]
 """For the names of parameters and buffers, by dimension, the entries that a smaller network has."""
 
 _AGREES = 1e-3
-
-
-_Weight = tuple[tuple[int, ...], tuple[tuple[int, str, int], ...]]
-"""A shape, and what groups take of it: dimension, group, entries of each unit."""
-
-
-class _Work(NamedTuple):
-    """What a module computes: multiply-accumulates, weights, their entries, and the layers that it lies in."""
-
-    macs: int
-    weights: list[_Weight]
-    entries: int
-    layers: tuple[str, ...]
 
 
 class Structure:
@@ -60,25 +46,23 @@ class Structure:
         self.groups: tuple[Group, ...] = tuple(group for group in graph.require_groups() if group.exact)
         if not self.groups:
             raise NothingToPruneError("Every group of this model changes statistics when it shrinks; none can grow.")
-        macs = count_macs(graph.program)
-        self.total = sum(macs.values())
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self.layers = self._chosen(model, layers)
-        self._work = self._works(macs)
+        self._work = [
+            (work, tuple(layer for layer in self.layers if _inside(work.module, layer)))
+            for work in works(graph.program, model, self.groups)
+        ]
+        self.total = sum(work.macs for work, _ in self._work)
         self.readers = {group.name: self._readers(graph, model, group) for group in self.groups}
 
     def macs(self, masks: Mapping[str, Tensor]) -> float:
-        """Multiply-accumulates of one item in a network with these masks; exact where they are 0 or 1.
+        """Multiply-accumulates of one item in a network with these masks; where they are 0 or 1, core's count.
 
-        What a module with weights computes goes with the entries that remain of them.
+        An operation goes with the lengths of the dimensions that it loops over, so an attention with its heads.
         """
         lost = {name: float((1.0 - mask.double()).sum()) for name, mask in masks.items() if name != LAYERS}
-        layers = dict(zip(self.layers, masks.get(LAYERS, torch.empty(0)).tolist(), strict=True))
-        found = 0.0
-        for work in self._work:
-            left = sum(_entries(shape, gated, lost) for shape, gated in work.weights) / work.entries
-            found += work.macs * left * prod(layers[name] for name in work.layers)
-        return found
+        open_: dict[str, float] = dict(zip(self.layers, masks.get(LAYERS, torch.empty(0)).tolist(), strict=True))
+        return sum(work.left(lost) * prod(open_[name] for name in layers) for work, layers in self._work)
 
     def share(self, masks: Mapping[str, Tensor]) -> float:
         """:meth:`macs` as a share of the full network's."""
@@ -170,31 +154,6 @@ class Structure:
                 value.index_fill_(place.dim, torch.as_tensor(place.index[units], device=value.device).flatten(), 0.0)
         same = reads and not difference(graph.zero(model, {group.name: units}), copy, self.inputs, _AGREES)
         return tuple(reads if same else places)
-
-    def _works(self, macs: Mapping[str, int]) -> list[_Work]:
-        weights: dict[str, list[_Weight]] = {}
-        for name, shape in self._shapes.items():
-            if len(shape) > 1:
-                gated = tuple(
-                    (place.dim, group.name, place.index.shape[1])
-                    for group in self.groups
-                    for place in group.places
-                    if place.parameter == name
-                )
-                weights.setdefault(name.rpartition(".")[0], []).append((shape, gated))
-        found = []
-        for module, count in macs.items():
-            layers = tuple(layer for layer in self.layers if _inside(module, layer))
-            held = weights.get(module, [((1,), ())])
-            found.append(_Work(count, held, sum(prod(shape) for shape, _ in held), layers))
-        return found
-
-
-def _entries(shape: tuple[int, ...], gated: tuple[tuple[int, str, int], ...], lost: Mapping[str, float]) -> float:
-    left = [float(size) for size in shape]
-    for dim, group, each in gated:
-        left[dim] -= lost[group] * each
-    return prod(left)
 
 
 def _blocks(model: nn.Module) -> list[str]:

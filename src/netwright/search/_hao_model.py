@@ -16,6 +16,10 @@ class MappingError(SettingError):
     """A workload or a device that cannot be mapped."""
 
 
+class UnprovenError(MappingError):
+    """No proven optimum in the time that a programme had; whether there is a configuration is not known."""
+
+
 @dataclass(frozen=True)
 class Device:
     """What an accelerator may use.

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy import optimize, sparse
 
 from netwright.core.front import non_dominated
-from netwright.search._hao_model import Convolution, Device, Engine, MappingError, Subgraph, cycles, weight_traffic
+from netwright.search._hao_model import Convolution, Device, Engine, Subgraph, UnprovenError, cycles, weight_traffic
 
 __all__ = ["Programme", "unbeaten"]
 
@@ -41,7 +41,11 @@ class Programme:
         self._least += times * fastest
 
     def solve(self, device: Device, seconds: float) -> list[int]:
-        """The places of the chosen engines."""
+        """The places of the chosen engines.
+
+        Raises:
+            UnprovenError: not found in so many seconds.
+        """
         unit, count = self._least / 100, len(self._times)  # the optimum is at least 100, HiGHS' gap at most 1e-6 of one
         slots = np.zeros((len(self._rows), count))
         slots[np.arange(len(self._rows)), self._groups] = -1.0
@@ -64,7 +68,7 @@ class Programme:
             options={"time_limit": seconds, "mip_rel_gap": 0.0},
         )
         if found.status != 0:
-            raise MappingError(
+            raise UnprovenError(
                 f"No proven optimum after {seconds:g} s ({found.message}). "
                 "Raise seconds, or give fewer unrolls or rows."
             )

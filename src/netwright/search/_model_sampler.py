@@ -1,11 +1,14 @@
 """What samplers that learn from the history share: reading it, the random start, and batches that need no memory."""
 
 import threading
+import weakref
 import zlib
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +21,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from netwright.core.errors import SettingError
-from netwright.search._encoding import Encoding
+from netwright.search._encoding import Encoding, restored
 from netwright.search._proposer import Measured
 from netwright.search.space import SearchSpace, SpaceError, contains, draw
 
@@ -33,8 +36,9 @@ SPARE = 3
 class ModelSampler(BaseSampler):
     """Proposes by a model of everything measured, in batches, and keeps nothing that the history does not tell.
 
-    The first ``start`` trials are random. Then the model is refitted whenever ``batch`` more trials are complete, and
-    trials take the next of its proposals that nobody has tried, is trying, or has failed with. Where trials have
+    The first ``start`` trials are random. Then the model is refitted whenever ``batch`` more trials are complete. It is
+    told of them in the order in which they ended, so that one that ends late changes nothing that it was told before.
+    Trials take the next of its proposals that nobody has tried, is trying, or has failed with. Where trials have
     further decisions, which the model does not see, they take one proposal after the other, and the first again after
     the last. Proposals depend on the seed and on trials only, so a study that is resumed elsewhere goes on as it would
     have. A subclass says what is proposed.
@@ -93,18 +97,19 @@ class ModelSampler(BaseSampler):
             return {}
         with self._lock:
             encoding = self._encoding(search_space)
-            others = self._others(study, trial)
-            complete = [other for other in others if self._usable(other, encoding)]
+            others = self._others(study, trial, encoding)
+            complete = sorted((other for other in others if self._usable(other, encoding)), key=_ended)
             if len(complete) < self._start:
                 begun = _tried(others, encoding, trial.number)
                 return self._random(encoding, begun.keys | set(begun.uses), self._rng(trial.number))
             used = complete[: self._fitted(len(complete))]
-            mark = (id(study), tuple(search_space), len(used), hash(tuple(other.number for other in used)), self._seed)
+            seen = tuple(other.number for other in used)
+            mark = (weakref.ref(study), tuple(search_space), seen, self._seed)  # an address is used again, this is not
             if self._proposed is None or self._proposed[0] != mark:
                 avoid = _tried(used, encoding, trial.number).keys
                 self._proposed = mark, self._propose(encoding, self._measured(study, used, encoding), avoid)
-                others = self._others(study, trial)  # others may have begun in the meantime
-            tried = _tried(others, encoding, trial.number, since=used[-1].number)
+                others = self._others(study, trial, encoding)  # others may have begun in the meantime
+            tried = _tried(others, encoding, trial.number, since=max(seen))
             found = tried.next(encoding, self._proposed[1])
             if found is None:
                 more = self._propose(encoding, self._measured(study, used, encoding), set(tried.keys))
@@ -144,8 +149,14 @@ class ModelSampler(BaseSampler):
         return _belongs(trial, encoding)
 
     @staticmethod
-    def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
-        return [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
+    def _others(study: Study, trial: FrozenTrial, encoding: Encoding) -> list[FrozenTrial]:
+        others = [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
+        if not encoding.nested:
+            return others
+        copies = [copy(other) for other in others]
+        for each in copies:
+            each.params = restored(each.params, encoding.space)
+        return copies
 
     @staticmethod
     def _measured(study: Study, trials: Sequence[FrozenTrial], encoding: Encoding) -> Measured:
@@ -182,6 +193,11 @@ class ModelSampler(BaseSampler):
         gaps = np.abs(fresh[:, None, :] - others[None, -512:, :])
         nearest = np.where(ordered, gaps, gaps != 0).sum(2).min(1)
         return encoding.params(fresh[int(np.argmax(nearest))])
+
+
+def _ended(trial: FrozenTrial) -> tuple[datetime, int]:
+    assert trial.datetime_complete is not None
+    return trial.datetime_complete, trial.number
 
 
 @dataclass(frozen=True)
@@ -242,7 +258,7 @@ def _belongs(trial: FrozenTrial, encoding: Encoding) -> bool:
         elif isinstance(distribution, CategoricalDistribution):
             if trial.params[name] not in distribution.choices:
                 return False
-        elif isinstance(trial.params[name], str | bool) or not contains(distribution, trial.params[name]):
+        elif not contains(distribution, trial.params[name]):
             return False
     if missing:
         try:

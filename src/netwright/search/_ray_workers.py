@@ -36,6 +36,11 @@ class RayWorkers(Generic[T]):
         self._running: dict[Any, tuple[T, float]] = {}
 
     @property
+    def inside(self) -> bool:
+        """Evaluations run in processes of Ray's."""
+        return False
+
+    @property
     def free(self) -> bool:
         """Whether one more may start."""
         return len(self._running) < self.count

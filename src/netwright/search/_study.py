@@ -1,8 +1,10 @@
 """The study behind a search: Optuna proposes, the log is the truth, known candidates are answered from memory."""
 
+import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,17 +15,22 @@ from optuna.trial import TrialState, create_trial
 from netwright.core.errors import CorruptRunError
 from netwright.core.journal import new_journal
 from netwright.core.rundir import RunDirectory
+from netwright.search._encoding import restored
 from netwright.search._workers import Answer
 from netwright.search.result import Direction, Evaluation, Limit, SearchResult
-from netwright.search.space import SearchSpace
+from netwright.search.space import Params, SearchSpace, values
 
 __all__ = ["EVALUATIONS", "Search", "line_of"]
 
 EVALUATIONS = "evaluations.jsonl"
 """The log of a run directory with one line for every finished evaluation."""
+_BEGUN = "begun.jsonl"
+"""The log of what this process began to evaluate, and of what it was interrupted in."""
 _JOURNAL = "study.journal"
 _REPEATS = 50  # proposals in a row that are invalid or known before a random new candidate is taken
-_DRAWS = 1000  # random candidates in a row that are known before the space counts as exhausted
+_DRAWS = 1000  # random candidates in a row that are known before the others are looked for one by one
+_MOST = 100_000  # combinations of decisions up to which they are
+_DEATHS = 2  # evaluations of a candidate that its process did not survive before it has failed
 
 Key: TypeAlias = tuple[tuple[str, Any], ...]
 
@@ -52,13 +59,16 @@ class Search:
         self._folder, self._space, self._objectives, self._limits = folder, space, objectives, limits
         self._names = [str(limit) for limit in limits]
         lines = folder.lines(EVALUATIONS) if folder is not None else []
-        self.entries = [_entry(number, line) for number, line in enumerate(lines, start=1)]
+        self.entries = [_entry(number, line, space) for number, line in enumerate(lines, start=1)]
         self._before = max((float(line["finished_s"]) for line in lines), default=0.0)
         self._start, self._proposing, self._exhausted = time.monotonic(), 0.0, False
         self._rng = np.random.default_rng([seed, len(lines)])
         self._next = 1 + max((entry.number for entry in self.entries), default=-1)
         self._numbers: dict[int, int] = {}  # Optuna's own begin anew when a run resumes, and count repeats
         self._known: dict[Key, Evaluation | None] = {space.key(entry.params): entry for entry in self.entries}
+        self._others = self._every()
+        self._begun: dict[str, Any] | None = None
+        self._bury()
         self.started = len(self.entries)
         level = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -85,12 +95,25 @@ class Search:
             for _ in range(_DRAWS):
                 params = self._space.sample(self._rng)
                 if self._space.key(params) not in self._known:
-                    self._study.enqueue_trial(params)
-                    return self._taken(self._study.ask(dict(self._space.decisions)))
-            self._exhausted = True
+                    return self._given(params)
+            for other in self._others:
+                if self._space.key(other) not in self._known and self._space.valid(other):
+                    return self._given(other)
+            self._exhausted = self._space.size <= max(_MOST, len(self._known))
             return None
         finally:
             self._proposing += time.monotonic() - begun
+
+    def _every(self) -> Iterator[Params]:
+        """Every combination of decisions where they are not too many; none else."""
+        if self._space.size <= _MOST:
+            names = list(self._space.decisions)
+            for combination in itertools.product(*map(values, self._space.decisions.values())):
+                yield dict(zip(names, combination, strict=True))
+
+    def _given(self, params: Params) -> tuple[optuna.Trial, dict[str, Any]] | None:
+        self._study.enqueue_trial(dict(params))
+        return self._taken(self._study.ask(dict(self._space.decisions)))
 
     def _taken(self, trial: optuna.Trial) -> tuple[optuna.Trial, dict[str, Any]] | None:
         if not self._space.valid(trial.params):
@@ -106,16 +129,44 @@ class Search:
         self._answer(trial, self._known[key])
         return None
 
+    def begin(self, params: dict[str, Any]) -> None:
+        """Record durably that this process is about to evaluate a candidate, and may not survive it."""
+        if self._folder is not None:
+            self._begun = {"params": params, "state": "begun"}
+            self._folder.append(_BEGUN, self._begun)
+
+    def end(self) -> None:
+        """Record that what was begun and is not told was interrupted, which is no fault of its own."""
+        if self._folder is not None and self._begun is not None:
+            self._folder.append(_BEGUN, {**self._begun, "state": "interrupted"})
+            self._begun = None
+
+    def _bury(self) -> None:
+        """Record as failed what was begun twice and neither ended nor was interrupted."""
+        deaths: Counter[Key] = Counter()
+        for line in self._folder.lines(_BEGUN) if self._folder is not None else []:
+            key = self._space.key(restored(line["params"], self._space))
+            deaths[key] += 1 if line["state"] == "begun" else -1
+        for key, count in deaths.items():
+            if count >= _DEATHS and key not in self._known:
+                words = f"the process died in {count} evaluations of it, without an exception; it is not tried again"
+                self._record(Evaluation(self._next, dict(key), None, words, (), 0.0))
+                self._next += 1
+
+    def _record(self, entry: Evaluation) -> None:
+        if self._folder is not None:
+            self._folder.append(EVALUATIONS, {**line_of(entry), "finished_s": self._elapsed()})
+        self.entries.append(entry)
+        self._known[tuple(entry.params.items())] = entry
+
     def tell(self, trial: optuna.Trial, params: dict[str, Any], answer: Answer) -> None:
         """Record durably what became of a candidate, then let the sampler know."""
         needed = [*self._objectives, *(limit.metric for limit in self._limits)]
         metrics, error = _read(answer, needed)
         violations = () if metrics is None else tuple(limit.violation(metrics) for limit in self._limits)
         entry = Evaluation(self._numbers.pop(trial.number), params, metrics, error, violations, answer.seconds)
-        if self._folder is not None:
-            self._folder.append(EVALUATIONS, {**line_of(entry), "finished_s": self._elapsed()})
-        self.entries.append(entry)
-        self._known[tuple(params.items())] = entry
+        self._record(entry)
+        self._begun = None
         self._answer(trial, entry)
 
     def _answer(self, trial: optuna.Trial, entry: Evaluation | None) -> None:
@@ -180,12 +231,11 @@ def line_of(entry: Evaluation) -> dict[str, Any]:
     }
 
 
-def _entry(number: int, line: Mapping[str, Any]) -> Evaluation:
+def _entry(number: int, line: Mapping[str, Any], space: SearchSpace) -> Evaluation:
     try:
-        return Evaluation(
-            line["trial"], line["params"], line["metrics"], line["error"], tuple(line["violations"]), line["seconds"]
-        )
-    except (KeyError, TypeError) as error:
+        params, violations = restored(line["params"], space), tuple(line["violations"])
+        return Evaluation(line["trial"], params, line["metrics"], line["error"], violations, line["seconds"])
+    except (AttributeError, KeyError, TypeError) as error:
         raise CorruptRunError(
             f"{EVALUATIONS}, line {number}, is not an evaluation ({type(error).__name__}: {error}). It was damaged "
             "after it was written; delete that line to go on without it."

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
 
 import cloudpickle
@@ -39,6 +40,11 @@ class Answer:
 
 class Pool(Protocol[T]):
     """Where candidates are evaluated: each is answered exactly once."""
+
+    @property
+    def inside(self) -> bool:
+        """Whether that is this very process, which dies with an evaluation that kills its own."""
+        ...
 
     @property
     def free(self) -> bool:
@@ -80,6 +86,11 @@ class Workers(Generic[T]):
         self._pool: ProcessPoolExecutor | None = None
         self._running: dict[Future[Answer], tuple[T, Mapping[str, Any], float]] = {}
         self._ready: list[tuple[T, Answer]] = []
+
+    @property
+    def inside(self) -> bool:
+        """Whether evaluations run in this process."""
+        return self.count == 1
 
     @property
     def free(self) -> bool:
@@ -173,8 +184,12 @@ def _remote(payload: bytes, params: Mapping[str, Any]) -> Answer:
     return answer(opened(payload), params)
 
 
+@lru_cache(maxsize=1)
 def opened(payload: bytes) -> Callable[[Mapping[str, Any]], Any]:
-    """What evaluates, in the process that is to do so; what cannot be read says so of every candidate."""
+    """What evaluates, in the process that is to do so; what cannot be read says so of every candidate.
+
+    It is read once for all candidates of a search: a super-network is traced anew where it is read.
+    """
     path, inner = unpacked(payload)
     sys.path.extend(folder for folder in path if folder not in sys.path)
     torch.set_num_threads(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from optuna.samplers import BaseSampler
 
 from netwright.core.artifact import load_weights, save_weights
+from netwright.core.check import check_task
 from netwright.core.console import ConsoleProgress
 from netwright.core.errors import NetwrightError, RunDirectoryError, SettingError
 from netwright.core.files import atomic_write
@@ -98,9 +99,11 @@ def explore(
         progress: told the finished fraction and what is going on; None shows a bar with the time left.
 
     Raises:
+        DataError, TaskError: a task that cannot be worked on, see :func:`netwright.core.check.check_task`.
         SettingError: an unknown objective, a setting out of its range, or nothing to resume.
-        RunDirectoryError: a folder that cannot be used, or holds a search of another task, or with a super-network from
-            another seed.
+        RunDirectoryError: a folder that cannot be used, or holds a search of another task, with a super-network from
+            another seed, or whose candidates were measured otherwise: in other batches, by other threads, on another
+            engine, or alone where they would now be measured beside others, or the other way round.
         RunLockedError: another process is searching in the folder.
 
     Cost: the training, then for each candidate what :class:`~netwright.search.measured.Measured` says.
@@ -118,9 +121,11 @@ def explore(
     if resume and out is None:
         raise SettingError("resume needs a search to go on with. Give its folder as out.")
     place = None if out is None else Path(out)
+    check_task(task)
     with ExitStack() as stack:
         if place is not None:
             settings: dict[str, object] = {"kind": "search", "task": task.name, "trained_here": net is None}
+            settings |= {"batch": batch, "threads": threads, "engine": engine, "measured_alone": workers == 1}
             if net is None:
                 settings["seed"] = seed  # it says which units of the untrained network are the longest
             stack.enter_context(_folder(place, resume, settings))
@@ -153,9 +158,13 @@ def _folder(place: Path, resume: bool, settings: Mapping[str, object]) -> RunDir
     folder = RunDirectory(place)
     if not resume:
         return folder.create(settings)
+    folder.check_old()
+    kind = folder.read(MARK, "task").get("kind", "optimization")  # which older versions of that command did not write
+    if kind != settings["kind"]:
+        raise RunDirectoryError(f"{place} holds another run ({kind}), not a search. Give the folder of a search.")
     folder.open()
     try:
-        stored = folder.read(MARK, *(name for name in settings if name != "seed"))  # older versions had none
+        stored = folder.read(MARK, "kind", "task", "trained_here")  # older versions had no more
         for name, value in settings.items():
             if stored.get(name, value) != value:
                 raise RunDirectoryError(

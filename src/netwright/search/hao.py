@@ -14,6 +14,7 @@ from netwright.search._hao_model import (
     Engine,
     MappingError,
     Subgraph,
+    UnprovenError,
     engine_for,
     subgraph_cycles,
     subgraphs,
@@ -22,7 +23,17 @@ from netwright.search._hao_programme import Programme, unbeaten
 from netwright.search._hao_trace import convolutions
 from netwright.search.space import Params, Rule, SearchSpace
 
-__all__ = ["ZU3EG", "Convolution", "Device", "Engine", "HAOMapper", "HardwareMapping", "MappingError", "convolutions"]
+__all__ = [
+    "ZU3EG",
+    "Convolution",
+    "Device",
+    "Engine",
+    "HAOMapper",
+    "HardwareMapping",
+    "MappingError",
+    "UnprovenError",
+    "convolutions",
+]
 
 ZU3EG = Device(dsps=360, buffer_kb=972.0, bandwidth_gbs=4.3)
 """The Zynq UltraScale+ of the paper: 360 DSP slices, 216 memory blocks of 36 kbit, 32 bits of LPDDR4."""
@@ -157,8 +168,8 @@ class HAOMapper:
             layers: in the order in which they run; of a module: :func:`convolutions`.
 
         Raises:
-            MappingError: no layers; a device on which not even the smallest engines fit, with what they need; or no
-                proven optimum within ``seconds``.
+            MappingError: no layers, or a device on which not even the smallest engines fit, with what they need.
+            UnprovenError: no proven optimum within ``seconds``.
         """
         options = self.options(layers)
         self._check_fit(options)
@@ -189,6 +200,8 @@ class HAOMapper:
 
         Raises:
             MappingError: a limit that is not positive.
+            UnprovenError: when a rule or the feature of the space is asked about a network without a proven optimum
+                within ``seconds``: it may be a good one.
         """
         if not 0 < latency_ms < math.inf:
             raise MappingError(f"latency_ms must be positive and finite, got {latency_ms}.")
@@ -199,6 +212,8 @@ class HAOMapper:
             if layers not in known:
                 try:
                     known[layers] = self.map(layers).latency_ms
+                except UnprovenError:
+                    raise
                 except MappingError:
                     known[layers] = math.inf
             return known[layers]

@@ -17,6 +17,7 @@ __all__ = ["PredictorQuality", "importance", "predictor_quality"]
 
 Array: TypeAlias = NDArray[np.float64]
 _LEAST = 8  # measured candidates below which nothing is said
+_LATER = 4  # candidates below which a rank correlation says nothing
 _REPEATS = 10
 
 
@@ -55,7 +56,9 @@ def predictor_quality(
         seed: source of the predictors' randomness.
 
     Returns:
-        For every objective and prefix one entry; none where fewer than eight candidates were measured.
+        For every objective and prefix one entry, whether candidates meet the constraints or not; none where fewer than
+        eight were measured, after a prefix that leaves fewer than four, or where all later measurements or all
+        predictions of them are equal, for then they have no rank.
 
     Example:
         >>> from optuna.distributions import IntDistribution
@@ -69,17 +72,20 @@ def predictor_quality(
     """
     if points < 1:
         raise SettingError(f"points must be at least 1, got {points}.")
-    inputs, values = _seen(result, space)
+    genes, values = _seen(result, space)
     found: list[PredictorQuality] = []
-    if len(inputs) < _LEAST:
+    if len(genes) < _LEAST:
         return found
+    inputs = Encoding(space).features(genes)
     sizes = sorted({max(_LEAST // 2, round(share * len(inputs))) for share in np.linspace(0.15, 0.85, points)})
+    sizes = [size for size in sizes if len(inputs) - size >= _LATER]
     for column, name in enumerate(result.objectives):
         for size in sizes:
             fitted = stack(inputs[:size], values[:size, column], seed=seed)
             predicted = fitted.predict(inputs[size:])[0]
             tau = float(kendalltau(predicted, values[size:, column]).statistic)
-            found.append(PredictorQuality(name, size, tau if np.isfinite(tau) else 0.0, fitted.name))
+            if np.isfinite(tau):
+                found.append(PredictorQuality(name, size, tau, fitted.name))
     return found
 
 
@@ -99,7 +105,7 @@ def importance(result: SearchResult, space: SearchSpace, *, seed: int = 0) -> di
 
     Returns:
         For every objective the decisions, the most important first; nothing where fewer than eight candidates were
-        measured.
+        measured. Those that break a constraint count: what was measured of them is as true.
 
     Example:
         >>> from optuna.distributions import IntDistribution
@@ -111,11 +117,11 @@ def importance(result: SearchResult, space: SearchSpace, *, seed: int = 0) -> di
 
     Cost: a fit for every objective, and ten predictions of all candidates for each of its decisions.
     """
-    inputs, values = _seen(result, space)
-    if len(inputs) < _LEAST:
+    genes, values = _seen(result, space)
+    if len(genes) < _LEAST:
         return {}
     encoding = Encoding(space)
-    genes = np.array([encoding.genes(entry.params) for entry in result.evaluations if entry.feasible])
+    inputs = encoding.features(genes)
     found = {}
     for column, objective in enumerate(result.objectives):
         rng = np.random.default_rng([seed, column])
@@ -135,11 +141,13 @@ def importance(result: SearchResult, space: SearchSpace, *, seed: int = 0) -> di
 
 
 def _seen(result: SearchResult, space: SearchSpace) -> tuple[Array, Array]:
-    """Features and objectives of the measured, feasible candidates."""
+    """Genes ``(n, d)`` and objectives ``(n, m)``, to be minimized, of the measured candidates."""
     encoding = Encoding(space)
-    rows = [encoding.genes(entry.params) for entry in result.evaluations if entry.feasible]
-    genes = np.array(rows, dtype=float).reshape(len(rows), len(encoding.names))
-    return (encoding.features(genes) if len(rows) else genes), result.values()
+    signs = np.array([-1.0 if way == "maximize" else 1.0 for way in result.objectives.values()])
+    measured = [(entry.params, entry.metrics) for entry in result.evaluations if entry.metrics is not None]
+    genes = np.array([encoding.genes(params) for params, _ in measured], dtype=float)
+    values = np.array([[metrics[name] for name in result.objectives] for _, metrics in measured], dtype=float)
+    return genes.reshape(len(measured), len(encoding.names)), values.reshape(len(measured), len(signs)) * signs
 
 
 def _error(predicted: Array, measured: Array) -> float:

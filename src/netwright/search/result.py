@@ -95,7 +95,9 @@ class SearchResult:
         evaluations: in the order in which they ended.
         seconds: wall time of the search, all its parts together where it was resumed.
         proposing_s: of them, what the sampler took.
-        exhausted: whether it ended early, since every candidate of the space had been evaluated.
+        exhausted: whether it ended early, since every candidate of the space had been evaluated. A search also ends
+            early, and is not exhausted, where no new candidate turns up among 1,000 random ones of a space of more than
+            100,000 combinations.
     """
 
     objectives: Mapping[str, Direction]

@@ -51,7 +51,8 @@ def run(
     A candidate is evaluated once; what a sampler proposes again is answered from memory and costs no evaluation. An
     invalid candidate is never evaluated. An evaluation that raises, or returns NaN, is recorded as failed with the
     reason, and the search goes on. With ``out`` every finished evaluation is on disk before the next begins; after a
-    crash, or to spend more evaluations, call again with ``resume=True``.
+    crash, or to spend more evaluations, call again with ``resume=True``. A candidate in whose evaluation the process
+    died twice (killed from outside or from within) is then recorded as failed, and the search goes past it.
 
     Args:
         space: what a candidate is.
@@ -88,7 +89,7 @@ def run(
         >>> all(entry.metrics["cost"] <= 128 for entry in found.front)
         True
 
-    Cost: beside the evaluations what the sampler takes, and one flushed line each.
+    Cost: beside the evaluations what the sampler takes, and one flushed line each, with one worker two.
     """
     limits = checked(objectives, constraints, evaluations, workers, budget_s, engine)
     end = math.inf if budget_s is None else time.monotonic() + budget_s
@@ -131,6 +132,8 @@ def _search(
                     job = search.ask()
                     if job is None:
                         break
+                    if workers.inside:
+                        search.begin(job[1])
                     workers.submit(job, job[1])
                 if not workers.busy:
                     break
@@ -141,6 +144,7 @@ def _search(
                     tell(min(1.0, share), search.words())
         finally:
             workers.close()
+            search.end()
             result = search.result()
             if folder is not None:
                 folder.write("result.json", _summary(result))

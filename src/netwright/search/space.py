@@ -251,6 +251,16 @@ def to_unit(distribution: BaseDistribution, value: float) -> float:
     return min(max(unit, 0.0), 1.0)
 
 
+def values(distribution: BaseDistribution) -> list[Any]:
+    """All values of a distribution, of which :func:`_count` says that there are finitely many."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    count = int(_count(distribution))
+    return [from_unit(distribution, (place + 0.5) / count) for place in range(count)]
+
+
 def _count(distribution: BaseDistribution) -> float:
     if isinstance(distribution, CategoricalDistribution):
         return len(distribution.choices)
@@ -265,7 +275,9 @@ def _count(distribution: BaseDistribution) -> float:
 
 
 def contains(distribution: BaseDistribution, value: Any) -> bool:
-    """Whether a value is one of a distribution's."""
+    """Whether a value is one of a distribution's; of an ordered one's are numbers alone, a whole 3.0 among integers."""
+    if isinstance(value, str | bool | np.bool_) and not isinstance(distribution, CategoricalDistribution):
+        return False
     try:
         return bool(distribution._contains(distribution.to_internal_repr(value)))
     except (ValueError, TypeError):

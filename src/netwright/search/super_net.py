@@ -1,7 +1,7 @@
 """Super-networks: one set of weights from which every candidate of a space is cut."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from netwright.core.batch_statistics import reestimate
-from netwright.core.data import Inputs, batches
+from netwright.core.data import batches
 from netwright.core.errors import SettingError
 from netwright.core.fit import fit
-from netwright.core.graph import Graph, trace, traced_branches, without_branches
-from netwright.core.graph.groups import Group
+from netwright.core.graph import trace, traced_branches, without_branches
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
+from netwright.search._super_net_parts import branch_parts, unit_order
 from netwright.search.space import Params, SearchSpace
 
 __all__ = ["Elastic", "SuperNet"]
@@ -114,9 +114,17 @@ class SuperNet:
         self.model = copy.deepcopy(model).eval()
         self._task, self._items = task, items
         self._graph = trace(self.model, task.example(2))
-        self._orders = {group.name: _order(self.model, group) for group in self._graph.groups if group.exact}
-        self._branches = _branches(self.model, self._graph, task.example(2)) if depth else ()
+        self._orders = {group.name: unit_order(self.model, group) for group in self._graph.groups if group.exact}
+        self._branches = branch_parts(self.model, self._graph, task.example(2)) if depth else ()
         self._space = self._elastic(least, levels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs; the traced graph cannot be sent, and is traced anew there."""
+        return {name: value for name, value in vars(self).items() if name != "_graph"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._graph = trace(self.model, self._task.example(2))
 
     @property
     def space(self) -> SearchSpace:
@@ -209,20 +217,10 @@ class SuperNet:
         within = {name for branch in gone for name in branch.groups}
         units = {}
         for name, order in self._orders.items():
-            width = params.get(f"width/{name}", len(order))
+            width = int(params.get(f"width/{name}", len(order)))
             if name not in within and width < len(order):
                 units[name] = sorted(order[width:])
         return [branch.name for branch in gone], units
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A residual branch: its name, its decision's, and what goes with it."""
-
-    name: str
-    decision: str
-    groups: frozenset[str]
-    parameters: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -271,27 +269,3 @@ def _is_choice(way: BaseDistribution) -> bool:
 def _bounds(way: BaseDistribution) -> tuple[int, int, int]:
     assert isinstance(way, IntDistribution)
     return way.low, way.high, way.step
-
-
-def _order(model: nn.Module, group: Group) -> list[int]:
-    """The units of a group, the longest first; of equal ones the first."""
-    values = dict(model.named_parameters(remove_duplicate=False))
-    lengths = torch.zeros(group.size, dtype=torch.float64)
-    for place in group.places:
-        if place.parameter in values:
-            squares = values[place.parameter].detach().double().square().movedim(place.dim, 0)
-            entries = squares.reshape(len(squares), -1).sum(1).cpu()
-            lengths += entries[torch.from_numpy(place.index)].sum(1)
-    return sorted(range(group.size), key=lambda unit: -float(lengths[unit]))
-
-
-def _branches(model: nn.Module, graph: Graph, inputs: Inputs) -> Sequence[_Part]:
-    """The residual branches, with the groups and parameters that go with each."""
-    traced, found = traced_branches(model, inputs)
-    parts = []
-    for branch in found:
-        left = {name for name, _ in without_branches(model, traced, [branch.name]).named_parameters()}
-        lost = {name for name, _ in model.named_parameters()} - left
-        groups = [each.name for each in graph.groups if not any(place.parameter in left for place in each.places)]
-        parts.append(_Part(branch.name, f"branch/{branch.name}", frozenset(groups), frozenset(lost)))
-    return tuple(parts)

@@ -8,6 +8,7 @@ from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.workshop.evaluation import Measuring
 from netwright.workshop.job import Job, Sampler
+from netwright.workshop.resuming import settings_of
 from netwright.workshop.space import parse_steps
 from netwright.workshop.target import parse_budget, parse_keep, parse_targets
 
@@ -36,7 +37,7 @@ def make_job(
 
     Raises:
         TargetError: words that do not parse.
-        RunDirectoryError: ``resume``, where there is no run.
+        RunDirectoryError: ``resume``, where there is no run, or one of another command.
 
     Example:
         >>> job = make_job("digits", "latency<=0.4x")
@@ -45,7 +46,7 @@ def make_job(
     """
     name = task if isinstance(task, str) else task.name
     place = usual_place(name) if out is None else Path(out)
-    had = _had(place) if resume else {}
+    had = settings_of(RunDirectory(place)) if resume else {}
     if not target and had:
         target = [f"{metric}{text}" for metric, text in had.get("target", {}).items()]
     if keep is None and had:
@@ -70,13 +71,6 @@ def make_job(
 def usual_place(name: str) -> Path:
     """The run directory of a task where none is given."""
     return Path("runs") / name.replace(":", "-").replace("/", "-")
-
-
-def _had(place: Path) -> dict[str, Any]:
-    run = RunDirectory(place)
-    run.check_old()
-    settings: dict[str, Any] = run.settings
-    return settings
 
 
 def _first(*values: Any) -> Any:

@@ -7,6 +7,7 @@ from netwright.core.rundir import RunDirectory
 from netwright.workshop.job import Job
 from netwright.workshop.pace import check_pace
 from netwright.workshop.plan import default_workers, prunable, space_of
+from netwright.workshop.resuming import check_same
 from netwright.workshop.run import prepare
 from netwright.workshop.space import STEPS, Droppable, weight_bits
 
@@ -24,7 +25,7 @@ def dry_run(job: Job, *, resume: bool = False) -> list[str]:
         NetwrightError: as the run itself would.
     """
     run = RunDirectory(job.out)
-    run.check_old() if resume else run.check_new()
+    check_same(run, job) if resume else run.check_new()
     task, graph = prepare(job)
     groups = prunable(graph)
     steps = job.steps or STEPS

@@ -12,7 +12,7 @@ class Engine(Protocol):
     """Runs evaluations side by side.
 
     An engine answers every request exactly once, with a failed outcome where a worker died, and never
-    raises for what a candidate did.
+    raises for what a candidate did. Where a worker cannot even read the task, no candidate is at fault: it raises.
     """
 
     workers: int
@@ -23,7 +23,11 @@ class Engine(Protocol):
         ...
 
     def wait(self, timeout: float) -> Sequence[Outcome]:
-        """Outcomes that arrived, after at most ``timeout`` seconds; empty when none did."""
+        """Outcomes that arrived, after at most ``timeout`` seconds; empty when none did.
+
+        Raises:
+            NetwrightError: a worker cannot read the task.
+        """
         ...
 
     def close(self) -> None:

@@ -2,16 +2,11 @@
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from netwright.core.artifact import save_program, save_weights
 from netwright.core.cost import Ratio, compare_onnx
-from netwright.core.errors import TaskError
-from netwright.core.evaluate import evaluate, paired_interval, predict, score_interval, score_outputs
 from netwright.core.machine import machine
 from netwright.core.onnx_module import OnnxModule
 from netwright.core.recipe import Recipe
@@ -20,12 +15,13 @@ from netwright.core.task import Task
 from netwright.version import __version__
 from netwright.workshop.baseline import Baseline, plain
 from netwright.workshop.choice import front_of, front_volume, ranking
-from netwright.workshop.evaluation import Outcome, is_low_precision, rebuild, structure
+from netwright.workshop.evaluation import Outcome, rebuild, structure
+from netwright.workshop.final_score import final_score, final_scores
 from netwright.workshop.job import Job
 from netwright.workshop.kept import told
-from netwright.workshop.layers import layer_table
+from netwright.workshop.layers import layer_table, precisions
 from netwright.workshop.plan import default_workers
-from netwright.workshop.point import Point, Step, ratios
+from netwright.workshop.point import Point, ratios
 from netwright.workshop.quiet import QuietRoom
 from netwright.workshop.study import Study
 from netwright.workshop.target import METRICS
@@ -199,25 +195,6 @@ def _paired(findings: Findings, outcome: Outcome) -> Outcome:
     return replace(outcome, point=replace(outcome.point, latency_ratio=ratio))
 
 
-@dataclass(frozen=True)
-class _Tested:
-    score: float
-    interval: tuple[float, float] | None
-    outputs: Any
-    targets: Any
-
-
-def _test(task: Task, model: nn.Module) -> _Tested:
-    """Score on the test split; a task with a score of its own gives no outputs to resample."""
-    if task.evaluate is not None:
-        return _Tested(evaluate(model, task, "test"), None, None, None)
-    outputs, targets = predict(model, task, "test")
-    interval = None
-    with suppress(TaskError):  # a score that most draws of the items leave undefined has none
-        interval = score_interval(task, outputs, targets)
-    return _Tested(score_outputs(task, outputs, targets), interval, outputs, targets)
-
-
 def _judge(findings: Findings, chosen: Outcome | None, stopped: str | None) -> State:
     """How the run ended.
 
@@ -227,26 +204,23 @@ def _judge(findings: Findings, chosen: Outcome | None, stopped: str | None) -> S
         stopped: why every full recovery failed, None where one did not.
     """
     task, run = findings.task, findings.run
-    before = _test(task, OnnxModule(run.path / "baseline.onnx", default_workers()))
+    baseline = OnnxModule(run.path / "baseline.onnx", default_workers())
     if chosen is None or chosen.point is None:
+        alone = final_score(task, baseline)
         sentence = nothing_better(findings.study, stopped)
-        return State("not_met", sentence, baseline_test=before.score, baseline_ci95=before.interval)
-    after = _test(task, OnnxModule(run.path / "model.onnx", default_workers()))
-    change = after.score - before.score
-    interval = None
-    if before.targets is not None:
-        with suppress(TaskError):
-            interval = list(paired_interval(task, before.outputs, after.outputs, before.targets))
-    point = replace(chosen.point, test=after.score, test_ci95=after.interval)
+        return State("not_met", sentence, baseline_test=alone.score, baseline_ci95=alone.interval)
+    found = final_scores(task, baseline, OnnxModule(run.path / "model.onnx", default_workers()))
+    change = found.after.score - found.before.score
+    point = replace(chosen.point, test=found.after.score, test_ci95=found.after.interval)
     met, sentence = verdict(findings.job, findings.baseline.point, point, change)
     return State(
         status="met" if met else "not_met",
         explanation=sentence,
         chosen=point,
         ratio=point.latency_ratio,
-        drop={"test": change, "ci95": interval},
-        baseline_test=before.score,
-        baseline_ci95=before.interval,
+        drop={"test": change, "ci95": None if found.change is None else list(found.change)},
+        baseline_test=found.before.score,
+        baseline_ci95=found.before.interval,
     )
 
 
@@ -277,15 +251,4 @@ def _write_artifacts(findings: Findings, chosen: Outcome | None, recipe: Recipe)
     history = [] if chosen is None else [plain(record) for record in chosen.history]
     run.write("history.json", {"baseline": list(base.history), "chosen": history})
     before = base.model if chosen is None else structure(base.model, findings.task, steps, chosen.request.seed)
-    run.write("layers.json", layer_table(base.model, before, example, _precision(steps)))
-
-
-def _precision(steps: Sequence[Step]) -> str | None:
-    """How multiplying layers are stored after these steps; None for floats."""
-    for step in steps:
-        if is_low_precision(step.build()):
-            if step.method.endswith(":Codebooks"):
-                return f"{step.settings['bits']}-bit codebook"
-            bits = step.settings.get("weight_bits", 8)
-            return "int8" if bits == 8 else f"int8, {bits}-bit weights"
-    return None
+    run.write("layers.json", layer_table(base.model, before, example, precisions(model, steps)))

@@ -23,7 +23,7 @@ class Job:
         limits: upper limits on costs; see :func:`netwright.workshop.target.parse_targets`.
         keep: least change of the score.
         budget: seconds for everything, training of the baseline included.
-        out: the run directory.
+        out: the run directory; kept as an absolute path, for loading a task may change the working directory.
         seed: source of all randomness.
         engine: "local" for processes on this machine, "ray" for a Ray cluster.
         workers: evaluations side by side; by default one for each core.
@@ -48,6 +48,9 @@ class Job:
     steps: tuple[str, ...] | None = None
     sampler: Sampler = "linas"
     command: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", self.out.absolute())
 
     @property
     def name(self) -> str:

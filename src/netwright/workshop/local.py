@@ -14,9 +14,9 @@ from multiprocessing.connection import Connection, wait
 import cloudpickle
 
 from netwright.workshop.evaluation import Outcome, Request, Subject
-from netwright.workshop.portable import portable
+from netwright.workshop.portable import outcome_of, portable
 
-__all__ = ["LocalEngine"]
+__all__ = ["LocalEngine", "cause"]
 
 
 @dataclass
@@ -56,7 +56,11 @@ class LocalEngine:
             worker.pipe.send_bytes(cloudpickle.dumps(request))
 
     def wait(self, timeout: float) -> Sequence[Outcome]:
-        """Outcomes that arrived within ``timeout`` seconds."""
+        """Outcomes that arrived within ``timeout`` seconds.
+
+        Raises:
+            NetwrightError: a worker cannot read the task.
+        """
         ready = wait([worker.pipe for worker in self._workers], timeout)
         outcomes = [self._receive(worker) for worker in list(self._workers) if worker.pipe in ready]
         return [outcome for outcome in outcomes if outcome is not None]
@@ -74,13 +78,12 @@ class LocalEngine:
     def _receive(self, worker: _Worker) -> Outcome | None:
         request = worker.request
         try:
-            outcome = cloudpickle.loads(worker.pipe.recv_bytes())
-            assert isinstance(outcome, Outcome)
+            outcome = outcome_of(worker.pipe.recv_bytes())
             worker.request = None
             return outcome
         except (EOFError, OSError):
             worker.process.kill()
-            reason = _cause(worker.process.wait())
+            reason = cause(worker.process.wait())
             worker.pipe.close()
             fresh = self._start()
             self._workers[self._workers.index(worker)] = fresh
@@ -102,7 +105,8 @@ class LocalEngine:
             worker.pipe.send_bytes(self._payload)
 
 
-def _cause(code: int) -> str:
+def cause(code: int) -> str:
+    """How a process ended, by its exit code: "ended with code 3"."""
     if code < 0:
         name = signal.Signals(-code).name
         hint = " (often the system being out of memory)" if name == "SIGKILL" else ""

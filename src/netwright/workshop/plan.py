@@ -88,7 +88,7 @@ def make_plan(
         steps = job.steps or STEPS
         sized = any(limit.metric == "size" for limit in job.limits)
         bits = weight_bits(steps, sized)
-        settings, table = _int8(task, baseline, job.measuring) if bits else (None, [])
+        settings, table, left_out = _int8(task, baseline, job.measuring) if bits else (None, [], None)
         branches = _branches(task, baseline, graph) if "branches" in steps else ()
         books = "codebooks" in steps and sized
         if not (prunable(graph) and "prune" in steps) and settings is None and not branches and not books:
@@ -104,6 +104,7 @@ def make_plan(
                 "steps": list(steps),
                 "int8": settings,
                 "int8_table": table,
+                "int8_left_out": left_out,
                 "branches": [asdict(branch) for branch in branches],
                 "codebooks": books,
                 "widths": list(bits),
@@ -134,14 +135,16 @@ def make_plan(
     )
 
 
-def _int8(task: Task, baseline: Baseline, measuring: Measuring) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Settings of the fastest sound pair of operand types, None where there is none; and what was measured."""
+def _int8(
+    task: Task, baseline: Baseline, measuring: Measuring
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]], str | None]:
+    """Settings of the fastest sound pair of operand types, None where there is none; what was measured; why none."""
     try:
         with QuietRoom().measure():
             found = fastest_int8(baseline.model, task, batch=measuring.batch, threads=measuring.threads)
-    except (TransformError, TraceError, ArtifactError):
-        return None, []
-    return asdict(found.settings), [asdict(row) for row in found.table]
+    except (TransformError, TraceError, ArtifactError) as error:
+        return None, [], str(error)
+    return asdict(found.settings), [asdict(row) for row in found.table], None
 
 
 def _branches(task: Task, baseline: Baseline, graph: Graph) -> tuple[Droppable, ...]:

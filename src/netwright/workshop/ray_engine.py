@@ -8,8 +8,8 @@ import cloudpickle
 
 from netwright.core.portable import unpacked
 from netwright.core.ray_cluster import RayCluster, reason
-from netwright.workshop.evaluation import Evaluator, Outcome, Request, Subject
-from netwright.workshop.portable import portable
+from netwright.workshop.evaluation import Outcome, Request, Subject
+from netwright.workshop.portable import evaluator, outcome_of, portable
 
 __all__ = ["RayEngine"]
 
@@ -46,7 +46,11 @@ class RayEngine:
         self._flying[self._actors[index].run.remote(cloudpickle.dumps(request))] = (index, request)
 
     def wait(self, timeout: float) -> Sequence[Outcome]:
-        """Outcomes that arrived within ``timeout`` seconds."""
+        """Outcomes that arrived within ``timeout`` seconds.
+
+        Raises:
+            NetwrightError: an actor cannot read the task.
+        """
         if not self._flying:
             return []
         ready, _ = self._ray.wait(list(self._flying), num_returns=1, timeout=timeout)
@@ -62,9 +66,7 @@ class RayEngine:
     def _receive(self, reference: Any) -> Outcome:
         index, request = self._flying.pop(reference)
         try:
-            outcome = cloudpickle.loads(self._ray.get(reference))
-            assert isinstance(outcome, Outcome)
-            return outcome
+            return outcome_of(self._ray.get(reference))
         except self._ray.exceptions.RayError as error:
             self._actors[index] = self._start()
             return Outcome(request, None, f"The Ray worker died: {reason(str(error))}", 0.0)
@@ -82,8 +84,8 @@ class _Actor:
         torch.set_num_threads(1)
         path, subject = unpacked(payload)
         sys.path.extend(folder for folder in path if folder not in sys.path)
-        self._evaluator = Evaluator(cloudpickle.loads(subject))
+        self._evaluate = evaluator(subject)
 
     def run(self, request: bytes) -> bytes:
-        found: bytes = cloudpickle.dumps(self._evaluator(cloudpickle.loads(request)))
+        found: bytes = cloudpickle.dumps(self._evaluate(cloudpickle.loads(request)))
         return found

@@ -33,7 +33,7 @@ def replay(
     elsewhere it is another sample of the same procedure.
 
     Args:
-        recipe: the ``recipe.json`` of a finished run.
+        recipe: the ``recipe.json`` of a finished run, or its run directory.
         out: a new or empty folder.
         task: the task of the run, or its name; by default the name in the recipe. A run of a ``Task`` that was given
             from Python needs it.
@@ -48,10 +48,18 @@ def replay(
         TaskError: a recipe of a task that has to be given.
         NetwrightError: a recipe whose candidate fails here, with its reason.
     """
+    recipe, out = recipe.absolute(), out.absolute()  # loading a task may change the working directory
+    if recipe.is_dir():
+        recipe = recipe / "recipe.json"
+        if not recipe.exists():
+            raise CorruptRunError(
+                f"{recipe.parent} holds no recipe.json: it is written when a run of 'netwright optimize' ends. Go on "
+                "with such a run by --resume, or give the folder of one that has ended."
+            )
     settings = read_json(recipe)
     missing = [name for name in _FIELDS if not isinstance(settings, dict) or name not in settings]
     if missing:
-        raise CorruptRunError(f"{recipe} is no recipe of a run: it lacks {', '.join(missing)}.")
+        raise CorruptRunError(f"{recipe} is no recipe of a run of 'netwright optimize': it lacks {', '.join(missing)}.")
     if task is None and settings.get("given", False):
         raise TaskError(
             f"The run of {recipe} was of the Task {settings['task']!r}, given from Python. Give it again: task=... of "
@@ -64,7 +72,7 @@ def replay(
     task = load_task(wanted) if isinstance(wanted, str) else wanted
     training = Recipe.from_json(json.dumps(settings["training"]))
     model = task.build(settings["seed"])
-    with run.create({"schema": 1, "replay_of": settings}):
+    with run.create({"schema": 1, "kind": "replay", "replay_of": settings}):
         if not task.trained:
             model = fit(
                 model, task, training, seed=settings["seed"], progress=lambda share, text: tell(share / 2, text)

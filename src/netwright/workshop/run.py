@@ -1,21 +1,14 @@
 """The main job: a task and a target in, a front and a better model out."""
 
-import copy
 import time
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 
 from netwright.compress import Int8
 from netwright.core.check import check_task
-from netwright.core.errors import NothingToPruneError, RunDirectoryError, TransformError
+from netwright.core.errors import NothingToPruneError, TransformError
 from netwright.core.graph import Graph, trace
-from netwright.core.graph.export import export_model
-from netwright.core.onnx_export import export_onnx
-from netwright.core.onnx_module import OnnxModule
-from netwright.core.portable import packed
 from netwright.core.ray_cluster import import_ray
 from netwright.core.rundir import MARK, RunDirectory
 from netwright.core.task import Task, load_task
@@ -25,6 +18,8 @@ from netwright.workshop.finish import RESULT
 from netwright.workshop.job import Job
 from netwright.workshop.pace import check_pace
 from netwright.workshop.plan import prunable
+from netwright.workshop.rehearsal import rehearse
+from netwright.workshop.resuming import KIND, asked, check_same, is_finished, measured
 from netwright.workshop.session import Session
 from netwright.workshop.space import check_steps
 
@@ -47,18 +42,8 @@ def prepare(job: Job) -> tuple[Task, Graph]:
     if not prunable(graph):
         _check_quantizable(model, task, graph)
     if not task.trained:
-        _rehearse(model, task)
+        rehearse(model, task)
     return task, graph
-
-
-def _rehearse(model: nn.Module, task: Task) -> None:
-    """Go once, before hours of training, through what comes after it: packing for workers, export, and scoring."""
-    packed(task, f"Task {task.name!r}")
-    model, example = copy.deepcopy(model).eval(), task.example(2)
-    with TemporaryDirectory(prefix="netwright-") as folder:
-        path = Path(folder) / "model.onnx"
-        export_onnx(export_model(model, example), example, path)
-        task.outputs(OnnxModule(path), example)
 
 
 def _check_quantizable(model: nn.Module, task: Task, graph: Graph) -> None:
@@ -95,12 +80,12 @@ def run_job(job: Job, *, resume: bool = False, progress: Progress | None = None)
     """
     began = time.perf_counter()
     run = RunDirectory(job.out)
-    run.check_old() if resume else run.check_new()
+    check_same(run, job) if resume else run.check_new()
     task, graph = prepare(job)
     if not resume:
         check_pace(task, job.budget, job.seed)
     with _owned(run, job, task, resume):
-        if resume and _finished(run):
+        if resume and is_finished(run):
             finished: dict[str, Any] = run.read(RESULT)
             return finished
         session = Session(run, job, task, graph, progress or _silent, began)
@@ -115,67 +100,34 @@ def _owned(run: RunDirectory, job: Job, task: Task, resume: bool) -> RunDirector
         return run.create(_settings(job, task))
     run.open()
     try:
-        old = run.settings
-        _check_same(run, old, job)
-        if not _finished(run):
-            run.write(MARK, {**old, **_asked(job)})
+        if not is_finished(run):
+            run.write(MARK, {**run.settings, **asked(job)})
     except BaseException:
         run.close()
         raise
     return run
 
 
-def _finished(run: RunDirectory) -> bool:
-    return run.has(RESULT) and bool(run.read(RESULT, "status")["status"] != "interrupted")
-
-
-def _check_same(run: RunDirectory, old: dict[str, Any], job: Job) -> None:
-    """A resumed run goes on as it was begun; one that is finished answers what it was asked."""
-    for what, now in (("task", job.name), ("seed", job.seed), *_measured(job).items()):
-        if what in old and old[what] != now:
-            raise RunDirectoryError(
-                f"The run in {job.out} has {what} {old[what]!r}, not {now!r}. Resume it with the same, or start "
-                "another one."
-            )
-    asked = _asked(job)
-    changed = [what for what in ("target", "keep") if what in old and old[what] != asked[what]]
-    if _finished(run) and changed:
-        raise RunDirectoryError(
-            f"The run in {job.out} is finished, and {' and '.join(changed)} cannot be given anew. Start another run "
-            "with another --out."
-        )
-
-
-def _measured(job: Job) -> dict[str, int]:
-    return {"batch": job.measuring.batch, "threads": job.measuring.threads}
-
-
 def _settings(job: Job, task: Task) -> dict[str, Any]:
     return {
         "schema": 1,
+        "kind": KIND,
         "netwright": __version__,
         "task": job.name,
         "description": task.description,
-        "score": getattr(task.score or task.evaluate, "__name__", "score"),
+        "score": _score_name(task),
         "seed": job.seed,
         "command": job.command,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        **_measured(job),
-        **_asked(job),
+        **measured(job),
+        **asked(job),
     }
 
 
-def _asked(job: Job) -> dict[str, Any]:
-    """What a resumed run may be asked anew."""
-    return {
-        "target": {limit.metric: limit.text for limit in job.limits},
-        "keep": {"score": job.keep.text},
-        "budget_s": job.budget,
-        "engine": job.engine,
-        "workers": job.workers or 0,
-        "evaluations": job.evaluations,
-        "sampler": job.sampler,
-    }
+def _score_name(task: Task) -> str:
+    """How the score is called, where its function has a name that says so."""
+    name = "score" if task.evaluate is not None else getattr(task.score, "__name__", "score")
+    return name if name.isidentifier() else "score"  # a lambda is called <lambda>
 
 
 def _silent(fraction: float, what: str) -> None:

@@ -82,7 +82,11 @@ class Session:
         return self._before + time.perf_counter() - self.began
 
     def go(self) -> dict[str, Any]:
-        """All phases; the content of ``result.json``."""
+        """All phases; the content of ``result.json``.
+
+        Raises:
+            NetwrightError: what the user can mend, such as a task that no worker can read; the run stays unfinished.
+        """
         share = self.job.budget * _TEACHER_SHARE
         baseline = make_baseline(self.run, self.job, self.task, self._recipe, self._training, share)
         self._mark("baseline")

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from torch import nn
 from netwright.core.artifact import load_weights, save_weights
 from netwright.core.check import check_task
 from netwright.core.console import ConsoleProgress
-from netwright.core.errors import NonFiniteLossError, RecipeError, RunDirectoryError, TaskError
-from netwright.core.evaluate import evaluate, predict, score_interval, score_outputs
+from netwright.core.errors import NonFiniteLossError, RecipeError, RunDirectoryError
 from netwright.core.fit import fit
 from netwright.core.loop import FitResult, Loop
 from netwright.core.machine import machine
@@ -26,6 +24,7 @@ from netwright.core.recipe import Recipe
 from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.version import __version__
+from netwright.workshop.final_score import final_score
 from netwright.workshop.training_settings import Entry
 
 __all__ = ["train"]
@@ -179,14 +178,8 @@ def _clear(run: RunDirectory, count: int) -> None:
 
 
 def _test(task: Task, run: RunDirectory, number: int, seed: int) -> dict[str, Any]:
-    model = _trained(task, run, number, seed)
-    if task.evaluate is not None or task.score is None:
-        return {"score": evaluate(model, task, "test"), "ci95": None}
-    outputs, targets = predict(model, task, "test")
-    interval = None
-    with suppress(TaskError):  # a score that most draws of the items leave undefined has none
-        interval = list(score_interval(task, outputs, targets))
-    return {"score": score_outputs(task, outputs, targets), "ci95": interval}
+    found = final_score(task, _trained(task, run, number, seed))
+    return {"score": found.score, "ci95": None if found.interval is None else list(found.interval)}
 
 
 def _trained(task: Task, run: RunDirectory, number: int, seed: int) -> nn.Module:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ from netwright.optim import available, schedules
 
 __all__ = ["Entry", "change_recipe", "optimizer_path", "training_entries", "with_optimizer"]
 
-_LR_SCHEDULES = ("max_lr",)
 _FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 _NESTED = {"optimizer", "schedule", "clip", "average", "parameterization", "penalty"}
 
@@ -40,7 +40,8 @@ def training_entries(
     Args:
         recipe: what they share.
         optimizers: names or import paths; None is the recipe's own. The recipe's own keeps its settings.
-        lrs: learning rates; None is each optimizer's own. Optimizers without a learning rate are trained once.
+        lrs: learning rates; None is each optimizer's own. Optimizers without a learning rate to choose are trained
+            once.
 
     Raises:
         RecipeError: an unknown name, nothing to compare, or an ``lr`` that is needed and not given.
@@ -58,7 +59,7 @@ def training_entries(
     for name in optimizers or [own]:
         path = recipe.optimizer if name == own else optimizer_path(name)
         same = path == recipe.optimizer
-        if lrs is None or "lr" not in inspect.signature(resolve(path)).parameters:
+        if lrs is None or not _has_lr_to_choose(path):
             entries.append(Entry(name, recipe if same else with_optimizer(recipe, name)))
         else:
             entries += [Entry(name, _with_lr(recipe, lr) if same else with_optimizer(recipe, name, lr)) for lr in lrs]
@@ -71,7 +72,8 @@ def change_recipe(recipe: Recipe, changes: Sequence[str]) -> Recipe:
     ======================== ====================================================================================
     ``optimizer=lion``       by name (see ``netwright.optim.available``) or import path, with its own defaults
     ``schedule=cosine``      by name (``netwright.optim.schedules``), import path, or ``none``
-    ``lr=3e-4``              of the optimizer, and the peak of the schedule where it has one
+    ``lr=3e-4``              of the optimizer, and the peak of the schedule where it has one; ``optimizer.lr`` is the
+                             same. Where the parameterization has an ``lr`` (as muP), of that
     ``optimizer.betas=[…]``  a setting of the optimizer; likewise ``schedule.``, ``clip.``,
                              ``average.``, ``parameterization.``, ``penalty.``
     ``epochs=3``             any other setting of the recipe, as JSON
@@ -113,22 +115,30 @@ def with_optimizer(recipe: Recipe, name: str, lr: float | None = None) -> Recipe
     default = known["lr"].default
     if lr is None and default is inspect.Parameter.empty:
         raise RecipeError(f"{name} needs a learning rate. Add lr=..., for example --set lr=0.1.")
-    chosen = float(default) if lr is None else lr
-    return _with_lr(recipe.replace(optimizer=path, optimizer_settings={}), chosen)
+    changed = recipe.replace(optimizer=path, optimizer_settings={})
+    if lr is None and default is None:  # that of the optimizer within
+        return _with_peaks(changed, None)
+    return _with_lr(changed, float(default) if lr is None else lr)
+
+
+def _has_lr_to_choose(path: str) -> bool:
+    free = {record.object for record in available().values() if record.lr_free}
+    return path not in free and _has_lr(path)
+
+
+def _has_lr(path: str) -> bool:
+    return "lr" in inspect.signature(resolve(path)).parameters
 
 
 def _changed(recipe: Recipe, key: str, text: str) -> Recipe:
+    if key == "lr" or (key == "optimizer.lr" and _has_lr(recipe.optimizer)):
+        return _with_lr(recipe, _rate(text))
     outer, dot, inner = key.partition(".")
     if dot and outer in _NESTED:
         name = f"{outer}_settings"
         return recipe.replace(**{name: {**getattr(recipe, name), inner: _value(text)}})
     if key == "optimizer":
         return with_optimizer(recipe, text)
-    if key == "lr":
-        value = _value(text)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise RecipeError(f"lr must be a number, got {text!r}.")
-        return _with_lr(recipe, float(value))
     if key == "schedule":
         return _with_schedule(recipe, text)
     if key not in _FIELDS:
@@ -138,15 +148,35 @@ def _changed(recipe: Recipe, key: str, text: str) -> Recipe:
     value = _value(text)
     if key == "epochs" and isinstance(value, int | float) and not isinstance(value, bool):
         return recipe.lasting(value)
-    return recipe.replace(**{key: value})
+    changed = recipe.replace(**{key: value})
+    lr = recipe.optimizer_settings.get("lr")
+    if key == "parameterization" and lr is not None and _gives_rates(changed):
+        return _with_lr(changed, float(lr))
+    return changed
 
 
 def _with_lr(recipe: Recipe, lr: float) -> Recipe:
-    if "lr" not in inspect.signature(resolve(recipe.optimizer)).parameters:
+    if not _has_lr(recipe.optimizer):
         raise RecipeError(f"{recipe.optimizer} has no learning rate to set. Leave lr out.")
     changed = recipe.replace(optimizer_settings={**recipe.optimizer_settings, "lr": lr})
-    peaks = _peaks(changed.schedule, lr)
-    return changed.replace(schedule_settings={**changed.schedule_settings, **peaks})
+    if _gives_rates(changed):
+        changed = changed.replace(parameterization_settings={**changed.parameterization_settings, "lr": lr})
+    return _with_peaks(changed, lr)
+
+
+def _with_peaks(recipe: Recipe, lr: float | None) -> Recipe:
+    """The schedule at this peak; where there is none, or one a group, it is filled in when the fit begins."""
+    known = inspect.signature(resolve(recipe.schedule)).parameters if recipe.schedule else {}
+    if "max_lr" not in known:
+        return recipe
+    settings = {name: value for name, value in recipe.schedule_settings.items() if name != "max_lr"}
+    peak = {} if lr is None or _gives_rates(recipe) else {"max_lr": lr}
+    return recipe.replace(schedule_settings={**settings, **peak})
+
+
+def _gives_rates(recipe: Recipe) -> bool:
+    """Whether the parameterization is given the learning rate, to make parameter groups with their own."""
+    return recipe.parameterization is not None and _has_lr(recipe.parameterization)
 
 
 def _with_schedule(recipe: Recipe, name: str) -> Recipe:
@@ -156,14 +186,9 @@ def _with_schedule(recipe: Recipe, name: str) -> Recipe:
     path, settings = known.get(name, (name, {}))
     if ":" not in path:
         raise RecipeError(f"There is no schedule {name!r}. Known are none, {', '.join(known)}, or module:name.")
+    changed = recipe.replace(schedule=path, schedule_settings=settings)
     lr = recipe.optimizer_settings.get("lr")
-    peaks = {} if lr is None else _peaks(path, float(lr))
-    return recipe.replace(schedule=path, schedule_settings={**settings, **peaks})
-
-
-def _peaks(schedule: str | None, lr: float) -> dict[str, float]:
-    known = inspect.signature(resolve(schedule)).parameters if schedule else {}
-    return {name: lr for name in _LR_SCHEDULES if name in known}
+    return _with_peaks(changed, None if lr is None else float(lr))
 
 
 def optimizer_path(name: str) -> str:
@@ -183,8 +208,25 @@ def optimizer_path(name: str) -> str:
     return known[key].object
 
 
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise RecipeError(f"lr must be a number, got {text!r}.")
+    return value
+
+
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return {"none": None, "true": True, "false": False}.get(text.lower(), text)
+        pass
+    words = {"none": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return float(text)  # as .5, which JSON does not know
+    except ValueError:
+        return text

@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import cloudpickle
 import torch
 
 from netwright.core.portable import unpacked
-from netwright.workshop.evaluation import Evaluator, Outcome, Request
+from netwright.workshop.portable import evaluator
 
 __all__ = ["serve"]
 
@@ -30,21 +29,12 @@ def serve(handle: int, folder: Path) -> None:
     try:
         path, subject = unpacked(pipe.recv_bytes())
         sys.path[:] = path
-        evaluate = _evaluator(subject, folder)
+        evaluate = evaluator(subject, folder)
         while True:
-            outcome = evaluate(cloudpickle.loads(pipe.recv_bytes()))
-            pipe.send_bytes(cloudpickle.dumps(outcome))
+            answer = evaluate(cloudpickle.loads(pipe.recv_bytes()))
+            pipe.send_bytes(cloudpickle.dumps(answer))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
-
-
-def _evaluator(subject: bytes, folder: Path) -> Callable[[Request], Outcome]:
-    """Evaluates the subject's candidates, or says of every one why the subject cannot be read here."""
-    try:
-        return Evaluator(cloudpickle.loads(subject), folder=folder)
-    except Exception as error:  # reading runs code of the task's own objects
-        reason = f"The task cannot be read in a worker process: {type(error).__name__}: {error}"
-        return lambda request: Outcome(request, None, reason, 0.0)
 
 
 def _end_with_parent(parent: int) -> None:
