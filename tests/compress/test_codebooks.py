@@ -232,7 +232,7 @@ def test_conforms() -> None:
         ({"rate": 0.0}, "rate must be a finite number, greater than 0, got 0.0"),
         ({"proximal": 1}, "proximal must be true or false, got 1"),
         ({"distill": None}, "distill must be true or false, got None"),
-        ({"exclude": "fc"}, r"exclude must be a sequence of paths; write \('fc',\)"),
+        ({"exclude": "fc"}, r"exclude must be a sequence of names; write \('fc',\)"),
     ],
 )
 def test_refuses_settings(given, message) -> None:

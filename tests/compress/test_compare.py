@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from netwright.compress import Comparison, Int8, Prune, Row, compare, described
+from netwright.compress import CHITA, Comparison, Int8, Prune, Row, compare, described
 from netwright.core.artifact import OnnxModule
 from netwright.core.cost import measure
-from netwright.core.errors import RunDirectoryError, TransformError
+from netwright.core.errors import ArtifactError, RunDirectoryError, TransformError
 from netwright.core.evaluate import evaluate
 from netwright.core.recipe import Recipe
+from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task, load_task
 from netwright.core.transform import Chain
 
@@ -177,3 +178,71 @@ def test_zeros_are_held_where_the_recipe_has_a_parameterization() -> None:
     found = compare(dataclasses.replace(given, recipe=recipe), {"thin": Thin()}, epochs=1, seconds=0.05, console=False)
     assert found.rows[0].error is None
     assert found.rows[0].zeros == pytest.approx(0.9, abs=0.02)
+
+
+def own_fit(model, *, budget, seed, teacher=None):
+    """Moves every weight; knows of no zeros."""
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.01)
+
+
+def own_task(fit=own_fit) -> Task:
+    given = task()
+    return dataclasses.replace(given, fit=fit, evaluate=lambda model, split: 0.0)
+
+
+def test_zeros_are_held_where_the_task_trains_by_its_own_fit() -> None:
+    methods = {"chita": CHITA(0.9, stages=2, gradients=16, batch_size=4), "half": Prune(0.5)}
+    found = compare(own_task(), methods, seconds=0.05, console=False)
+    assert [entry.error for entry in found.rows] == [None, None]
+    assert 0.89 <= found.rows[0].zeros <= 0.91
+    assert found.rows[1].zeros == 0.0
+
+
+def test_an_own_fit_that_returns_another_network_is_a_row_with_its_reason() -> None:
+    def other(model, *, budget, seed, teacher=None):
+        return None if teacher is None else nn.Sequential(nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    found = compare(own_task(other), {"thin": Thin(), "half": Prune(0.5)}, seconds=0.05, console=False)
+    assert "The zeros of 0.weight (64, 30) cannot be kept" in found.rows[0].error
+    assert "has shape (8, 30)" in found.rows[0].error
+    assert found.rows[1].error is None
+
+
+def test_few_zeros_are_held_as_well() -> None:
+    found = run({"quarter": Thin(0.25), "none": Thin(0.0)}, epochs=1)
+    assert found.rows[0].zeros == pytest.approx(0.25, abs=0.01)
+    assert found.rows[1].zeros < 0.02
+
+
+def test_a_chain_spends_the_whole_training_on_the_steps_that_train() -> None:
+    CALLS.clear()
+    run({"chain": Chain([Thin(0.2), Chain([Thin(0.5, trains=True), Int8()])])}, epochs=4)
+    assert CALLS == [(0.2, 0.0), (0.5, 4.0)]
+
+
+def test_a_setting_that_json_cannot_hold_is_named() -> None:
+    with pytest.raises(TransformError, match=r"'odd' cannot be recorded, for Thin.share is <built-in function print>"):
+        run({"odd": Chain([Int8(), Thin(print)])})
+
+
+@pytest.mark.parametrize("full", ["folder", "file"])
+def test_a_full_disk_is_not_held_against_the_method(full: str, tmp_path: Path, monkeypatch) -> None:
+    save, calls = RunDirectory.save, []
+
+    def fail_once(self, name, write):
+        if name.startswith("thin") and not calls:
+            calls.append(name)
+            if full == "folder":
+                raise RunDirectoryError("Cannot write.")
+            raise ArtifactError("Cannot write.") from OSError(28, "No space left on device")
+        return save(self, name, write)
+
+    monkeypatch.setattr(RunDirectory, "save", fail_once)
+    methods = {"half": Prune(0.5), "thin": Thin()}
+    with pytest.raises((RunDirectoryError, ArtifactError), match="Cannot write"):
+        run(methods, tmp_path / "run", epochs=0)
+    found = run(methods, tmp_path / "run", epochs=0, resume=True)
+    assert calls
+    assert [entry.error for entry in found.rows] == [None, None]

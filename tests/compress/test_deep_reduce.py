@@ -210,3 +210,25 @@ def test_tasks_that_train_by_themselves_or_have_no_loss():
         DeepReDuce(0.5)(task.model, task)
     with pytest.raises(TransformError, match="needs the gradients of a loss"):
         DeepReDuce(0.5)(task.model, dataclasses.replace(task, loss=None))
+
+
+def test_what_is_out_of_reach_is_refused_before_anything_is_trained(monkeypatch):
+    task = staged_task()
+    monkeypatch.setattr("netwright.compress._relu_removal.train", lambda *_, **__: pytest.fail("it was trained"))
+    with pytest.raises(TransformError, match=r"a ratio of 0\.001 is out of reach"):
+        DeepReDuce(0.001)(task.model, task, budget=2)
+
+
+def test_where_the_most_critical_stage_is_too_large_another_stays():
+    maker = ReluRemoval(DeepReDuce(), staged_task().model, staged_task(), 0)
+    critical = {0: 3.0, 1: 2.0, 2: 1.0}  # of 768, 64 and 6 ReLUs
+    steps = {
+        limit: [(plan.count, plan.steps) for plan in maker.within(critical, limit)] for limit in (600, 260, 200, 8)
+    }
+    assert steps[600] == [(582, "thin"), (576, "cull 1, thin"), (512, "cull 2, thin")]
+    assert steps[260] == [(256, "cull 2, thin, reshape")]
+    assert steps[200] == [(64, "cull 2")]
+    assert steps[8] == [(6, "cull 2")]
+    assert "relu_3" not in maker.within(critical, 200)[0].gone  # the only one of stage 1
+    assert (maker.least(reshape=False), maker.least(reshape=True)) == (6, 3)
+    assert maker.within(critical, 2) == []

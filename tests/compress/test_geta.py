@@ -237,6 +237,7 @@ def test_conforms() -> None:
         ({"prune": 0.8}, "GETA needs start < prune < stop, got 0.1, 0.8 and 0.7"),
         ({"scope": "all"}, "GETA.scope must be 'global' or 'layer'"),
         ({"exclude": "fc"}, "GETA.exclude must be a sequence of names"),
+        ({"exclude": None}, "GETA.exclude must be a sequence of names, got None"),
     ],
 )
 def test_refuses_settings(settings, message) -> None:

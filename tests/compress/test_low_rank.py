@@ -215,7 +215,7 @@ def test_layers_whose_weight_others_look_at_stay_whole() -> None:
         ({"count": "bytes"}, "count must be 'macs' or 'parameters'"),
         ({"least_share": 2.0}, "least_share must be a finite number, at least 0 and at most 1"),
         ({"calibration_items": 0}, "calibration_items must be a positive integer, got 0"),
-        ({"exclude": "fc"}, r"exclude must be a sequence of paths; write \('fc',\)"),
+        ({"exclude": "fc"}, r"exclude must be a sequence of names; write \('fc',\)"),
     ],
 )
 def test_refuses_settings(given, message) -> None:

@@ -487,7 +487,7 @@ def test_skipped_layers_are_stored_and_run_in_float(digits, tmp_path):
         ({"weight": None}, "weight must be"),
         ({"calibration": "entropy"}, "calibration must be 'minmax' or 'percentile' or 'mse'"),
         ({"calibration_items": 0}, "calibration_items must be a positive integer, got 0"),
-        ({"skip": "head"}, r"Write \('head',\)"),
+        ({"skip": "head"}, r"write \('head',\)"),
     ],
 )
 def test_unknown_settings(wrong, message):

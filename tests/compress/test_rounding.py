@@ -79,7 +79,7 @@ def test_gradients_pass_straight_through():
 
 
 def test_observer_minmax_against_numpy():
-    observer, parts = Observer("here"), [torch.randn(5, 3) for _ in range(4)]
+    observer, parts = Observer("here", "Int8"), [torch.randn(5, 3) for _ in range(4)]
     for part in parts:
         assert observer(part) is part
     every = np.concatenate([part.numpy() for part in parts])
@@ -87,7 +87,7 @@ def test_observer_minmax_against_numpy():
 
 
 def observed(values, calibration):
-    observer = Observer("here")
+    observer = Observer("here", "Int8")
     observer(values)
     observer.start_histogram()
     observer(values)
@@ -127,4 +127,4 @@ def test_ranges_of_plain_histograms():
 
 def test_observer_names_where_activations_are_not_finite():
     with pytest.raises(TransformError, match="activations at relu_3 are not finite"):
-        Observer("relu_3")(torch.tensor([1.0, float("nan")]))
+        Observer("relu_3", "EasyQuant")(torch.tensor([1.0, float("nan")]))

@@ -223,7 +223,7 @@ def test_conforms() -> None:
         ({"objective": "error"}, "objective must be 'norm' or 'sensitivity'"),
         ({"tolerance": 0.5}, "tolerance must be a finite number, at least 1, got 0.5"),
         ({"sweeps": 0}, "sweeps must be a positive integer, got 0"),
-        ({"exclude": "conv"}, r"exclude must be a sequence of paths; write \('conv',\)"),
+        ({"exclude": "conv"}, r"exclude must be a sequence of names; write \('conv',\)"),
     ],
 )
 def test_refuses_settings(given, message) -> None:

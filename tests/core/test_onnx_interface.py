@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from netwright.core import onnx_export, onnx_quantized
 from netwright.core.artifact import OnnxModule, export_onnx
 from netwright.core.cost import measure
-from netwright.core.errors import ArtifactError
+from netwright.core.errors import ArtifactError, TraceError
+from netwright.core.graph.export import export_model
 
 
 class Returns(nn.Module):
@@ -109,6 +110,81 @@ def test_names_of_inputs_keep_their_letters(tmp_path: Any) -> None:
 def test_a_model_of_upper_case_inputs_is_measured() -> None:
     inputs = {"X": torch.ones(4, 3), "mask": torch.zeros(4, 3)}
     assert measure(forwarding("mask, X", "self.layer(X) - mask + self.x"), inputs, repeats=3).parameters == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "result", "names"),
+    [
+        ("output", "self.layer(output)", ["output_out"]),
+        ("output_0, output_2", "(output_0, 2 * output_2, 3 * output_0)", ["output_0_out", "output_1", "output_2_out"]),
+        ("a, a_out", "{'a': a, 'a_out': 2 * a_out}", ["a_out_out", "a_out_out_out"]),
+        ("a, b", "{'a': a, 'a_out': 2 * b}", ["a_out_out", "a_out"]),
+        ("a, b", "(a, b)", ["output_0", "output_1"]),
+    ],
+)
+def test_outputs_that_are_called_like_an_input(tmp_path: Any, arguments: str, result: str, names: list[str]) -> None:
+    model, path = forwarding(arguments, result), tmp_path / "model.onnx"
+    count = len(arguments.split(", "))
+    inputs = tuple(torch.randn(count, 4, 3, generator=torch.Generator().manual_seed(0)))
+    export_onnx(model, inputs, path)
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert [value.name for value in onnx.load(path).graph.output] == names
+    torch.testing.assert_close(OnnxModule(path)(*inputs), model(*inputs))
+
+
+def test_positional_inputs_keep_their_letters(tmp_path: Any) -> None:
+    model = forwarding("X, pair, inputEmb, *more", "X + 2 * inputEmb + 3 * pair[0] + 5 * more[0] + self.x")
+    x, other, embedded, rest = torch.randn(4, 4, 3, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "model.onnx"
+    export_onnx(model, (x, (other,), embedded, rest), path)
+    assert [value.name for value in onnx.load(path).graph.input] == ["X", "pair_0", "inputEmb", "more_0"]
+    expected = model(x, (other,), embedded, rest)
+    torch.testing.assert_close(OnnxModule(path)(x, (other,), embedded, rest), expected)
+    torch.testing.assert_close(OnnxModule(path)(X=x, pair_0=other, inputEmb=embedded, more_0=rest), expected)
+
+
+def test_nested_inputs_by_name_are_measured_and_run(tmp_path: Any) -> None:
+    model = forwarding("X, state, scale=1.0", "self.layer(X) + state['A'] * self.x + 2 * state['list'][1] * scale")
+    x, a, b, c = torch.randn(4, 4, 3, generator=torch.Generator().manual_seed(0))
+    inputs = {"X": x, "state": {"list": [c, b], "A": a}, "scale": 3.0}
+    assert measure(model, inputs, repeats=3, seconds=0.02).parameters == 12
+    assert measure(model, inputs, repeats=3, seconds=0.02, runtime="torch").latency.batch == 1
+    path = tmp_path / "model.onnx"
+    export_onnx(model, inputs, path)
+    assert {value.name for value in onnx.load(path).graph.input} == {"X", "state_a", "state_list_0", "state_list_1"}
+    expected, again = model(**inputs), OnnxModule(path)
+    torch.testing.assert_close(again(**inputs), expected)
+    torch.testing.assert_close(again(x, state=inputs["state"]), expected)
+    torch.testing.assert_close(again(state_a=a, state_list_1=b, state_list_0=c, X=x), expected)
+    with pytest.raises(ArtifactError, match="takes 4 inputs"):
+        again(X=x, state={"A": a})
+
+
+@pytest.mark.parametrize("arguments", ["**batch", "X, **batch", "*, mask, **batch"])
+def test_inputs_in_keywords_that_forward_does_not_name(tmp_path: Any, arguments: str) -> None:
+    part = {"X": "X", "mask": "mask"}
+    x, mask = (part[name] if name in arguments else f"batch['{name}']" for name in part)
+    model = forwarding(arguments, f"self.layer({x}) - 2 * {mask} + self.x")
+    inputs = dict(zip(part, torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)), strict=True))
+    path = tmp_path / "model.onnx"
+    export_onnx(model, inputs, path)
+    assert "forward" not in vars(model)
+    assert {value.name for value in onnx.load(path).graph.input} == {"X", "mask"}
+    five = {name: torch.cat([value, value[:1]]) for name, value in inputs.items()}
+    torch.testing.assert_close(OnnxModule(path)(**five), model(**five))
+
+
+def test_a_forward_of_the_instance_is_put_back() -> None:
+    model = forwarding("**batch", "1 / 0")
+    own = model.forward = lambda **batch: batch["X"].item() and model.layer(batch["X"])
+    with pytest.raises(TraceError, match="cannot be traced"):
+        export_model(model, {"X": torch.ones(4, 3)})
+    assert model.forward is own
+    own = model.forward = lambda **batch: model.layer(batch["X"])
+    program = export_model(model, {"X": torch.ones(4, 3)})
+    assert model.forward is own
+    x = torch.rand(7, 3)
+    torch.testing.assert_close(program.module()(X=x), model.layer(x))
 
 
 class Uncounted:

@@ -53,6 +53,29 @@ def test_the_budget_is_shared_and_seeds_follow(budget: float | None, share: Any)
     assert [step.calls for step in steps] == [[(share, 7)], [(share, 8)], [(share, 9)]]
 
 
+@dataclass(frozen=True)
+class Training(Noted):
+    """Says that it trains."""
+
+    trains: bool = True
+
+
+@pytest.mark.parametrize(("budget", "shares"), [(6.0, [0.0, 3.0, 0.0, 3.0]), (None, [None] * 4)])
+def test_the_budget_goes_to_the_steps_that_train(budget: float | None, shares: list[float | None]) -> None:
+    steps = [Noted(0.0), Training(0.0), Training(0.0, trains=False), Training(0.0)]
+    chain = Chain(steps)
+    chain(nn.Linear(4, 2), task(), budget=budget)
+    assert [step.calls[0][0] for step in steps] == shares
+    assert chain.trains
+    assert not Chain(steps[:1]).trains
+
+
+def test_a_chain_within_a_chain_trains_where_one_of_its_steps_does() -> None:
+    first, second, third = Noted(0.0), Noted(0.0), Training(0.0)
+    Chain([first, Chain([second, third])])(nn.Linear(4, 2), task(), budget=6.0)
+    assert [step.calls[0][0] for step in (first, second, third)] == [0.0, 0.0, 6.0]
+
+
 def test_progress_runs_through_all_steps() -> None:
     told: list[tuple[float, str]] = []
     Chain([Noted(1.0), Noted(2.0)])(nn.Linear(4, 2), task(), progress=lambda f, what: told.append((f, what)))

@@ -1,6 +1,7 @@
 """Zeros that stay, on disk and while training."""
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from netwright.core.artifact import OnnxModule, export_onnx
-from netwright.core.errors import RecipeError
+from netwright.core.errors import RecipeError, TransformError
 from netwright.core.fit import StepHook, fit
 from netwright.core.onnx_memory import peak_memory
 from netwright.core.onnx_sparse import gaps
@@ -133,6 +134,39 @@ def test_layers_of_zeros_and_vectors_are_not_held() -> None:
     zeros.restore()
     assert int(sum((value == 0).sum() for value in model.parameters())) == 1
     assert model[1].weight[0, 1] == 0
+
+
+def test_zeros_are_put_into_another_model_by_name() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    model[0].weight.data[1, 2] = 0.0
+    zeros = Zeros(model)
+    other = copy.deepcopy(model)
+    nn.init.ones_(other[0].weight)
+    zeros.put_into(other)
+    assert other[0].weight.tolist() == [[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]]
+    assert model[0].weight[1, 2] == 0
+    with pytest.raises(TransformError, match=r"zeros of 0.weight \(2, 3\) cannot be kept.* it has shape \(2, 4\)"):
+        zeros.put_into(nn.Sequential(nn.Linear(4, 2)))
+    with pytest.raises(TransformError, match="in the trained Linear it is not there"):
+        zeros.put_into(nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_own_fit_hands_back_the_zeros(keep: bool) -> None:
+    def own(model: nn.Module, *, budget: float, seed: int, teacher: nn.Module | None = None) -> nn.Module:
+        trained = copy.deepcopy(model)
+        for value in trained.parameters():
+            value.data += 1.0
+        return trained
+
+    task = dataclasses.replace(load_task("breast-cancer"), fit=own, evaluate=lambda model, split: 0.0)
+    model = thinned(task.build(seed=0), 0.7)
+    found = fit(model, task, Recipe(epochs=1, keep_zeros=keep)).model
+    for before, value in zip(model.parameters(), found.parameters(), strict=True):
+        if before.ndim > 1 and keep:
+            assert torch.equal(value, torch.where(before == 0, 0.0, before + 1.0))
+        else:
+            assert torch.equal(value, before + 1.0)
 
 
 def test_keep_zeros_is_checked() -> None:

@@ -68,3 +68,22 @@ def test_a_network_without_branches_is_copied_and_pickled_silently() -> None:
         again = copy.deepcopy(made)
     pickle.dumps(again)
     torch.testing.assert_close(again(**inputs), made(inputs["left"], inputs["right"]))
+
+
+class Capitals(nn.Module):
+    """Names that a trace writes in lower case, where two of them are one."""
+
+    exec("def forward(self, X, x, Mask): return X - 2 * x + 5 * Mask")
+
+
+@pytest.mark.parametrize("order", ["X x Mask", "x X Mask", "Mask x X"])
+def test_inputs_keep_the_names_they_were_given_by(order: str) -> None:
+    inputs = {name: torch.rand(4, 3) for name in order.split()}
+    module, done = graph(Capitals(), inputs)
+    assert done
+    wanted = inputs["X"] - 2 * inputs["x"] + 5 * inputs["Mask"]
+    torch.testing.assert_close(module(**inputs), wanted)
+    torch.testing.assert_close(module(*inputs.values()), wanted)
+    torch.testing.assert_close(fx.Interpreter(module).run(*inputs.values()), wanted)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
+        module(X=inputs["X"], x=inputs["x"], mask=inputs["Mask"])

@@ -101,6 +101,38 @@ def test_recurrent_by_hand(kind, gates):
     assert count_macs(program) == {"cells": 7 * 2 * (first + second)}
 
 
+@pytest.mark.parametrize(
+    ("kind", "gates"),
+    [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1), (lambda *sizes: nn.RNNCell(*sizes, nonlinearity="relu"), 1)],
+)
+def test_cells_by_hand(kind, gates):
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = kind(6, 5)
+
+        def forward(self, x):
+            state = self.cell(x)
+            return self.cell(x, state) if isinstance(state, tuple) else self.cell(x, 2 * state)
+
+    assert count_macs(export_model(Step(), torch.randn(2, 6)), 3) == {"cell": 2 * 3 * gates * 5 * (6 + 5)}
+
+
+def test_forms_of_two_inputs_by_hand():
+    weight = torch.randn(5, 6, 7)
+    pairs = [
+        (lambda x: functional.bilinear(x, torch.cat([x, x[:, :1]], 1), weight), 3 * 5 * 6 * 7),
+        (
+            lambda x: torch.tensordot(x.view(-1, 2, 3), weight.view(7, 3, 2, 5), ([-2, 2], [2, 1])),
+            3 * (7 * 5) * (2 * 3),
+        ),
+        (lambda x: torch.inner(x, weight.view(5, 7, 6)), 3 * (5 * 7) * 6),
+        (lambda x: torch.inner(x, torch.tensor(2.0)), 0),
+    ]
+    for function, expected in pairs:
+        assert total_macs(export_model(Function(function), torch.randn(2, 6)), 3) == expected
+
+
 def test_by_module_and_shared_modules():
     class Siamese(nn.Module):
         def __init__(self):

@@ -18,11 +18,11 @@ __all__ = ["Calibrated", "NarrowQuantizer", "Recorder", "calibrated", "levels"]
 class NarrowQuantizer(ActivationQuantizer):
     """An activation quantizer of fewer levels than its storage has, which therefore clips by itself when exported."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` clipped and rounded."""
+    def rounded(self, x: Tensor) -> Tensor:
+        """``x``, of 32-bit floats, clipped and rounded."""
         low = (self.integers.low - self.zero_point) * self.scale
         high = (self.integers.high - self.zero_point) * self.scale
-        return super().forward(torch.minimum(torch.maximum(x, low), high))
+        return super().rounded(torch.minimum(torch.maximum(x, low), high))
 
 
 class Calibrated:
@@ -77,7 +77,7 @@ def calibrated(
     """
     settings = Int8(calibration_items=items, calibration=calibration)
     module, where = prepare(owner, model, task)
-    module, observers = insert(module, where, settings, weights)
+    module, observers = insert(owner, module, where, settings, weights)
     observe(module, observers, task.data.train, settings, seed)
     kind = NarrowQuantizer if activations.high - activations.low < 255 else ActivationQuantizer
     ranges = round_outputs(module, observers, calibration, activations, kind)

@@ -11,6 +11,7 @@ from netwright.core.data import Batch, batches, to_device
 from netwright.core.evaluate import device_of
 from netwright.core.losses import task_loss
 from netwright.core.outputs import take_items
+from netwright.core.randomness import isolated
 from netwright.core.task import Task
 
 __all__ = ["held_items", "loss_of", "refresh_norms"]
@@ -27,13 +28,14 @@ def held_items(task: Task, items: int, seed: int) -> list[Batch]:
     left = items if items <= size else (size - size % _BATCH) or size
     batch = math.ceil(left / math.ceil(left / _BATCH))
     found: list[Batch] = []
-    for inputs, targets in batches(task.data.train, batch, generator=torch.Generator().manual_seed(seed)):
-        if left < len(targets):
-            inputs, targets = take_items(inputs, torch.arange(left)), targets[:left]
-        found.append((inputs, targets))
-        left -= len(targets)
-        if left == 0:
-            break
+    with isolated(seed):
+        for inputs, targets in batches(task.data.train, batch, generator=torch.Generator().manual_seed(seed)):
+            if left < len(targets):
+                inputs, targets = take_items(inputs, torch.arange(left)), targets[:left]
+            found.append((inputs, targets))
+            left -= len(targets)
+            if left == 0:
+                break
     return found
 
 

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from netwright.core.data import Inputs, call
 
-__all__ = ["Augmented", "Change", "can_change", "parts", "whole_of"]
+__all__ = ["Augmented", "Change", "can_change", "kind_of", "parts", "whole_of"]
 
 
 class Change(nn.Module):
@@ -90,7 +91,7 @@ class Augmented(nn.Module):
         """Items drawn from ``varied``, the others as they are."""
         plain, changed = parts(inputs), parts(varied)
         if self.share < 1 and self.changes:
-            picked = torch.rand(len(next(iter(plain.values())))) < self.share
+            picked = torch.rand(len(plain[next(iter(self.changes))])) < self.share
             for key in self.changes:
                 value = plain[key]
                 mask = picked.to(value.device).view(-1, *(1,) * (value.ndim - 1))
@@ -98,20 +99,27 @@ class Augmented(nn.Module):
         return whole_of(inputs, changed)
 
 
-def parts(inputs: Inputs) -> dict[str, Tensor]:
-    """The tensors of inputs by key, or by position."""
-    if isinstance(inputs, Mapping):
-        return dict(inputs)
-    return {str(key): value for key, value in enumerate((inputs,) if isinstance(inputs, Tensor) else inputs)}
+def parts(inputs: Inputs) -> dict[str, Any]:
+    """What inputs hold, also in nested tuples and dicts, by position."""
+    return {str(position): value for position, value in enumerate(pytree.tree_leaves(_plain(inputs)))}
 
 
-def whole_of(inputs: Inputs, parts: dict[str, Tensor]) -> Inputs:
+def whole_of(inputs: Inputs, parts: dict[str, Any]) -> Inputs:
     """Inputs of the form of ``inputs`` out of its parts."""
-    if isinstance(inputs, Mapping):
-        return parts
-    return parts["0"] if isinstance(inputs, Tensor) else tuple(parts.values())
+    made: Inputs = pytree.tree_unflatten(list(parts.values()), pytree.tree_structure(_plain(inputs)))
+    return made
 
 
-def can_change(value: Tensor) -> bool:
-    """Whether a tensor is of a type and a rank that the transformation takes."""
-    return value.is_floating_point() and 2 <= value.ndim <= 5
+def _plain(inputs: Inputs) -> Inputs:
+    """Mappings of other classes, of which pytrees know nothing, as dicts."""
+    return dict(inputs) if isinstance(inputs, Mapping) else inputs
+
+
+def can_change(value: Any) -> bool:
+    """Whether a part is a tensor of a type and a rank that the transformation takes."""
+    return isinstance(value, Tensor) and value.is_floating_point() and 2 <= value.ndim <= 5
+
+
+def kind_of(value: Any) -> str:
+    """What a part is, for messages."""
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

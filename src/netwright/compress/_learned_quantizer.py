@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from netwright.compress._quantizers import in_single
 from netwright.core import fake_quantize  # registers what torch.export needs to trace the operation below
 
 __all__ = ["FixedQuantizer", "LearnedGrid", "grid_slopes", "on_grid", "step_of", "width_of"]
@@ -108,11 +109,14 @@ class FixedQuantizer(nn.Module):
         super().__init__()
         self.axis, self.width = axis, width
         self.reach = 2 ** (width - 1) - 1
-        self.register_buffer("scale", steps.clamp_min(_TINY).float())
+        self.register_buffer("scale", steps.float().clamp_min(_TINY))
         self.register_buffer("zero_point", torch.zeros_like(steps, dtype=torch.int32))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """``weight`` rounded."""
+        """``weight`` rounded, in its own type."""
+        return in_single(self._rounded, weight)
+
+    def _rounded(self, weight: Tensor) -> Tensor:
         return torch.fake_quantize_per_channel_affine(
             weight, self.scale, self.zero_point, self.axis, -self.reach, self.reach
         )

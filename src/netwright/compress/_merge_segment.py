@@ -214,6 +214,6 @@ def convolution(module: fx.GraphModule, node: fx.Node) -> None:
         weight, bias = module.graph.get_attr(f"{path}.weight"), module.graph.get_attr(f"{path}.bias")
         arguments = (source, weight, bias, list(kernel.stride), list(kernel.padding), [1, 1], kernel.groups)
         merged = module.graph.call_function(torch.ops.aten.conv2d.default, arguments)
-    merged.meta = dict(node.meta)
+    merged.meta = {key: value for key, value in node.meta.items() if key != "nn_module_stack"}  # it is no layer's now
     node.replace_all_uses_with(merged)
     module.graph.erase_node(node)

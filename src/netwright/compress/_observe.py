@@ -20,11 +20,12 @@ class Observer(nn.Module):
 
     Args:
         where: the name of the operation, for messages.
+        owner: the name of the method that rounds it, for messages.
     """
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, owner: str) -> None:
         super().__init__()
-        self.where = where
+        self.where, self.owner = where, owner
         self.low, self.high = 0.0, 0.0  # zero must always be an integer, for padding and ReLU
         self.counts: NDArray[np.float64] | None = None
 
@@ -34,8 +35,8 @@ class Observer(nn.Module):
             low, high = (float(value) for value in torch.aminmax(x.detach()))
             if not (np.isfinite(low) and np.isfinite(high)):
                 raise TransformError(
-                    f"Int8: the activations at {self.where} are not finite on the calibration data, so no range fits "
-                    "them. Check the model's weights and the training split for NaN."
+                    f"{self.owner}: the activations at {self.where} are not finite on the calibration data, so no "
+                    "range fits them. Check the model's weights and the training split for NaN."
                 )
             self.low, self.high = min(self.low, low), max(self.high, high)
         elif self.high > self.low:

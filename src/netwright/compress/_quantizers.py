@@ -1,5 +1,6 @@
 """The modules that a quantized model is built with: fake quantizers of activations and of weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from netwright.core import fake_quantize  # registers what torch.export needs to trace the operations below
 
-__all__ = ["ActivationQuantizer", "Integers", "WeightQuantizer", "weight_scale"]
+__all__ = ["ActivationQuantizer", "Integers", "WeightQuantizer", "in_single", "weight_scale"]
 
 assert fake_quantize.DOMAIN
 _TINY = 1e-12  # the least range of a tensor of zeros
@@ -59,7 +60,11 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` rounded."""
+        """``x`` rounded, in its own type."""
+        return in_single(self.rounded, x)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """``x``, of 32-bit floats, rounded."""
         return torch.fake_quantize_per_tensor_affine(
             x, self.scale, self.zero_point, self.integers.low, self.integers.high
         )
@@ -95,9 +100,12 @@ class WeightQuantizer(nn.Module):
         return scale if self.factor is None else self.factor * scale
 
     def forward(self, weight: Tensor) -> Tensor:
-        """``weight`` rounded."""
+        """``weight`` rounded, in its own type."""
         if self.training:
             self.scale.copy_(self._scale(weight))
+        return in_single(self._rounded, weight)
+
+    def _rounded(self, weight: Tensor) -> Tensor:
         return torch.fake_quantize_per_channel_affine(
             weight, self.scale, self.zero_point, self.axis, self.integers.low, self.integers.high
         )
@@ -106,7 +114,12 @@ class WeightQuantizer(nn.Module):
 def weight_scale(weight: Tensor, axis: int, reach: int, per_channel: bool) -> Tensor:
     """Step sizes ``(c,)`` with which the largest weight of each channel (or of all) is ``reach`` steps."""
     others = [position for position in range(weight.ndim) if position != axis]
-    largest = weight.abs().amax(others) if others else weight.abs()
+    largest = (weight.abs().amax(others) if others else weight.abs()).float()
     if not per_channel:
         largest = largest.max().expand(weight.shape[axis])
-    return (largest.clamp_min(_TINY) / reach).to(torch.float32).clone()
+    return largest.clamp_min(_TINY) / reach
+
+
+def in_single(rounded: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``rounded(x)`` in 32-bit floats, which scales are, given back in the type of ``x``."""
+    return rounded(x) if x.dtype == torch.float32 else rounded(x.float()).to(x.dtype)

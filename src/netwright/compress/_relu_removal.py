@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx, nn
@@ -100,8 +101,8 @@ class ReluRemoval:
 
     def plans(self, critical: Mapping[int, float], *, reshape: bool = True) -> list[ReluPlan]:
         """Every network within reach: stages culled one by one, each as it is, thinned, and reshaped too."""
-        sizes = self.reshaped_sizes() if reshape else {}
-        order = sorted(critical, key=lambda stage: (critical[stage], -self.stage_count(stage)))
+        sizes = self.reshaped_sizes if reshape else {}
+        order = self.order(critical)
         found: list[ReluPlan] = []
         for culled in range(len(order)):
             left = [layer for layer in self.layers if layer.stage not in order[:culled]]
@@ -125,9 +126,32 @@ class ReluRemoval:
             )
         return found
 
+    def within(self, critical: Mapping[int, float], limit: float) -> list[ReluPlan]:
+        """The plans of at most ``limit`` ReLUs, reshaped ones where there are no others; nothing where there is none.
+
+        The most critical stage is not culled, or, where it cannot be made small enough, the most critical that can.
+        """
+        for last in reversed(self.order(critical)):
+            for reshape in (False, True):
+                plans = self.plans({**critical, last: math.inf}, reshape=reshape)
+                if found := [plan for plan in plans if plan.count <= limit]:
+                    return found
+        return []
+
+    def least(self, *, reshape: bool) -> float:
+        """The fewest ReLUs that any plan leaves, whichever stages turn out to be critical."""
+        stages = dict.fromkeys((layer.stage for layer in self.layers), 0.0)
+        plans = (self.plans({**stages, last: math.inf}, reshape=reshape) for last in stages)
+        return min((plan.count for plan in itertools.chain(*plans)), default=math.inf)
+
+    def order(self, critical: Mapping[int, float]) -> list[int]:
+        """The stages as they are culled."""
+        return sorted(critical, key=lambda stage: (critical[stage], -self.stage_count(stage)))
+
     def stage_count(self, stage: int) -> int:
         return sum(layer.count for layer in self.layers if layer.stage == stage)
 
+    @cached_property
     def reshaped_sizes(self) -> Mapping[str, int]:
         """ReLUs of every layer when half of the channels are gone; nothing where none can go."""
         try:

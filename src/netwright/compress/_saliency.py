@@ -6,10 +6,12 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from netwright.compress._weights import differentiable
 from netwright.core.data import batches
 from netwright.core.errors import TransformError
 from netwright.core.graph.groups import Group
 from netwright.core.losses import task_loss
+from netwright.core.randomness import isolated
 from netwright.core.task import Task
 
 __all__ = ["saliency_magnitude", "saliency_taylor", "unit_sums"]
@@ -83,16 +85,17 @@ def saliency_taylor(
     device = next((value.device for value in parameters.values()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     done = 0
-    for inputs, targets in batches(task.data.train, batch_size, generator=generator, drop_last=True, device=device):
-        with torch.enable_grad():
-            loss = task_loss(task, task.outputs(model, inputs), targets)
-        for name, score in _slopes(loss, parameters, groups, task).items():
-            total[name] += score.cpu()
-        done += 1
-        if told is not None:
-            told(done / count)
-        if done == count:
-            break
+    with isolated(seed), differentiable(model):
+        for inputs, targets in batches(task.data.train, batch_size, generator=generator, drop_last=True, device=device):
+            with torch.enable_grad():
+                loss = task_loss(task, task.outputs(model, inputs), targets)
+            for name, score in _slopes(loss, parameters, groups, task).items():
+                total[name] += score.cpu()
+            done += 1
+            if told is not None:
+                told(done / count)
+            if done == count:
+                break
     return {name: score / done for name, score in total.items()}
 
 

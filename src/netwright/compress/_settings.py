@@ -1,7 +1,7 @@
 """Settings and models that compression methods check in the same words."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -9,7 +9,16 @@ from torch import nn
 from netwright.core.errors import TransformError
 from netwright.core.task import Task
 
-__all__ = ["check_choice", "check_count", "check_flag", "check_number", "check_ratio", "check_weights", "require_loss"]
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_flag",
+    "check_number",
+    "check_ratio",
+    "check_weights",
+    "checked_paths",
+    "require_loss",
+]
 
 
 def check_ratio(owner: object, name: str, value: Any, *, what: str, zero: bool = False) -> None:
@@ -113,3 +122,25 @@ def _name(owner: object) -> str:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def checked_paths(owner: object, name: str, value: Any) -> tuple[str, ...]:
+    """A setting that names modules or parameters, as a tuple.
+
+    Args:
+        owner: the transform whose setting it is.
+        name: the setting.
+        value: what was given.
+
+    Raises:
+        TransformError: one string, whose letters would be taken for names, or anything else but names.
+    """
+    setting = f"{type(owner).__name__}.{name}"
+    if isinstance(value, str):
+        raise TransformError(f"{setting} must be a sequence of names; write ({value!r},).")
+    paths = tuple(value) if isinstance(value, Iterable) else (None,)
+    if not all(isinstance(path, str) for path in paths):
+        raise TransformError(
+            f"{setting} must be a sequence of names, got {value!r}. () names none."
+        )
+    return paths

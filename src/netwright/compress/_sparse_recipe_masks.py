@@ -1,13 +1,11 @@
 """Which single weights stay, by magnitude; and training steps shared out over rounds."""
 
-from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from netwright.compress._weights import FlatWeights
-from netwright.core.errors import TransformError
 from netwright.core.fit import StepHook
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
@@ -16,7 +14,6 @@ __all__ = [
     "SCOPES",
     "HeldMask",
     "Scope",
-    "checked_names",
     "largest",
     "magnitude_mask",
     "shared_epochs",
@@ -25,17 +22,6 @@ __all__ = [
 
 Scope: TypeAlias = Literal["global", "layer"]
 SCOPES: tuple[str, ...] = get_args(Scope)
-
-
-def checked_names(owner: object, names: Sequence[str]) -> tuple[str, ...]:
-    """The setting ``exclude`` as a tuple.
-
-    Raises:
-        TransformError: one string, whose letters would be taken for names.
-    """
-    if isinstance(names, str):
-        raise TransformError(f"{type(owner).__name__}.exclude must be a sequence of names; write ({names!r},).")
-    return tuple(names)
 
 
 def largest(values: Tensor, count: int) -> Tensor:

@@ -9,9 +9,16 @@ from torch import Tensor, nn
 
 from netwright.compress._least_squares import LeastSquares
 from netwright.compress._per_sample_gradients import gradient_rows
-from netwright.compress._settings import check_count, check_flag, check_number, check_ratio, check_weights, require_loss
-from netwright.compress._sparse_recipe_masks import checked_names
-from netwright.compress._weights import FlatWeights
+from netwright.compress._settings import (
+    check_count,
+    check_flag,
+    check_number,
+    check_ratio,
+    check_weights,
+    checked_paths,
+    require_loss,
+)
+from netwright.compress._weights import FlatWeights, differentiable
 from netwright.core.errors import TransformError
 from netwright.core.parametrized import fold_parametrizations
 from netwright.core.randomness import isolated
@@ -38,7 +45,7 @@ class StagedPruning:
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "exclude", checked_names(self, self.exclude))
+        object.__setattr__(self, "exclude", checked_paths(self, "exclude", self.exclude))
         check_ratio(self, "ratio", self.ratio, what="removes half of the weights")
         for name in ("stages", "gradients", "batch_size"):
             check_count(self, name, getattr(self, name))
@@ -48,16 +55,7 @@ class StagedPruning:
             check_flag(self, name, getattr(self, name))
 
     def counts(self, size: int) -> list[int]:
-        """How many of ``size`` weights stay after each stage: equal shares of what is left go in each.
-
-        Raises:
-            TransformError: a ratio that would leave none.
-        """
-        if round((1 - self.ratio) * size) < 1:
-            raise TransformError(
-                f"{type(self).__name__}.ratio={self.ratio!r} would leave none of {size} weights. The highest ratio "
-                f"that leaves one is {1 - 1 / size:.6g}."
-            )
+        """How many of ``size`` weights stay after each stage: equal shares of what is left go in each."""
         stages = range(1, self.stages + 1)
         return [max(1, round((1 - self.ratio) ** (stage / self.stages) * size)) for stage in stages]
 
@@ -78,10 +76,11 @@ class StagedPruning:
         result = deepcopy(model).eval()
         fold_parametrizations(result)
         weights = FlatWeights(result, self.exclude)
+        weights.require_left(self, self.ratio)
         counts = self.counts(weights.size)
         for stage, count in enumerate(counts):
             report(stage / len(counts), f"stage {stage + 1} of {len(counts)}: gradients")
-            with isolated(seed + stage):
+            with isolated(seed + stage), differentiable(result):
                 problem = self.regression(result, weights, task, seed + stage)
             report((stage + 0.5) / len(counts), f"stage {stage + 1} of {len(counts)}: {count} weights stay")
             weights.write(problem.weights(solve(problem, problem.anchor, count, stage == len(counts) - 1)))

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.export import ExportedProgram
 
-from netwright.core.errors import TransformError
 from netwright.core.graph import Graph, Group
-from netwright.core.graph.macs import count_macs
+from netwright.core.graph.macs import count_macs, total_macs
 
-__all__ = ["MacModel", "closed_units"]
+__all__ = ["MacModel", "Units", "closed_units", "opened"]
 
 Units = dict[str, list[int]]
 Block = tuple[str, tuple[int, ...]]  # a group and units of it that go together
@@ -19,7 +19,7 @@ Block = tuple[str, tuple[int, ...]]  # a group and units of it that go together
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight whose module computes ``macs``, with what the gates take from its dimensions."""
+    """A weight, or what stands for it, of ``macs`` operations, and what the gates take from its dimensions."""
 
     macs: float
     shape: tuple[int, ...]
@@ -29,8 +29,9 @@ class _Weight:
 class MacModel:
     """Multiply-accumulates of one item, as a smooth function of the gates.
 
-    An operation with a weight costs in proportion to the entries that remain of each dimension of it; operations
-    without one (attention's products) count as they are.
+    An operation with a weight costs in proportion to the entries that remain of each dimension of it, in each of the
+    weight's uses; one without (attention's products) in proportion to the units that remain of each group in what it
+    reads. What is still missing is spread over all by :meth:`calibrate`.
 
     Args:
         graph: the traced model.
@@ -38,20 +39,38 @@ class MacModel:
     """
 
     def __init__(self, graph: Graph, groups: Sequence[Group]) -> None:
-        macs = count_macs(graph.program)
-        self.total = float(sum(macs.values()))
-        shapes = {name: tuple(value.shape) for name, value in graph.program.state_dict.items() if value.ndim > 1}
-        entries: dict[str, int] = {}
-        for name, shape in shapes.items():
-            module = name.rpartition(".")[0]
-            entries[module] = entries.get(module, 0) + prod(shape)
-        self._weights = []
-        for name, shape in shapes.items():
-            module = name.rpartition(".")[0]
-            places = [(group.name, place) for group in groups for place in group.places if place.parameter == name]
-            if places and macs.get(module):
-                gated = tuple((place.dim, group, place.index.shape[1]) for group, place in places)
-                self._weights.append(_Weight(macs[module] * prod(shape) / entries[module], shape, gated))
+        program, sizes = graph.program, {group.name: group.size for group in groups}
+        shapes = {name: tuple(value.shape) for name, value in program.state_dict.items() if value.ndim > 1}
+        holder = {value.data_ptr(): name for name, value in program.state_dict.items()}  # one name for tied weights
+        gated: dict[str, dict[tuple[int, str], int]] = {}
+        for group in groups:
+            for place in group.places:
+                if place.parameter in shapes:
+                    name = holder[program.state_dict[place.parameter].data_ptr()]
+                    gated.setdefault(name, {})[place.dim, group.name] = place.index.shape[1]
+        self.total, self._scale, self._weights = float(total_macs(program)), 1.0, list[_Weight]()
+        carried: dict[fx.Node, set[str]] = {}  # the groups whose units are in what a node gives
+        for node, macs, names in _operations(program):
+            used = {holder[program.state_dict[name].data_ptr()] for name in names if name in shapes}
+            met = [group for name in used for _, group in gated.get(name, {})]
+            read = set[str]().union(*(carried.get(source, ()) for source in node.all_input_nodes))
+            if macs and used:  # a group that is read goes on only where the weight puts it out again
+                carried[node] = {group for group in met if group not in read or met.count(group) > 1}
+                entries = sum(prod(shapes[name]) for name in used)
+                for name in used & gated.keys():
+                    dims = tuple((dim, group, each) for (dim, group), each in gated[name].items())
+                    self._weights.append(_Weight(macs * prod(shapes[name]) / entries, shapes[name], dims))
+                continue
+            carried[node] = read.union(met)
+            if macs and read:
+                dims = tuple((dim, group, 1) for dim, group in enumerate(sorted(read)))
+                self._weights.append(_Weight(macs, tuple(sizes[group] for _, group, _ in dims), dims))
+
+    def calibrate(self, gates: Mapping[str, Tensor], share: float) -> None:
+        """Scale what closed gates save such that ``share`` is what remains with ``gates``, as counted on that model."""
+        saved = 1.0 - self.share(gates).item()
+        if saved > 0:
+            self._scale *= (1.0 - share) / saved
 
     def share(self, gates: Mapping[str, Tensor]) -> Tensor:
         """The share of all operations that remains, a differentiable scalar; ``gates`` are ``(size,)`` in [0, 1]."""
@@ -65,7 +84,7 @@ class MacModel:
             for part in lost.values():
                 left = left * (1.0 - part)
             saved = saved + weight.macs * (1.0 - left)
-        return 1.0 - saved / self.total
+        return 1.0 - self._scale * saved / self.total
 
     def slopes(self, gates: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         """:meth:`share` and its derivative with respect to each gate, ``(size,)`` for each group."""
@@ -81,6 +100,14 @@ class MacModel:
         }
 
 
+def opened(values: Mapping[str, Tensor], units: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """The gates ``(size,)`` of each group when ``units`` are closed and all others open."""
+    gates = {name: torch.ones(len(value), dtype=torch.float64) for name, value in values.items()}
+    for name, closed in units.items():
+        gates[name][list(closed)] = 0.0
+    return gates
+
+
 def closed_units(
     macs: MacModel, values: Mapping[str, Tensor], target: float, blocks: Mapping[str, int] | None = None
 ) -> Units:
@@ -88,18 +115,16 @@ def closed_units(
 
     Units of a group go in blocks, in the order of their values, blocks by their mean; the block of highest value of
     each group stays. Units that save nothing stay too. Where the last block saved more than was asked for, closed
-    blocks that fit into the rest open again, those of highest value first.
+    blocks that fit into the rest open again, those of highest value first. Where what has to stay costs more than
+    ``target``, everything else goes.
 
     Args:
         macs: what units cost.
         values: ``(size,)`` for each group.
         target: the share of the operations that may remain.
         blocks: units that go together for each group, such that a multiple stays; 1 where it is silent.
-
-    Raises:
-        TransformError: what has to stay costs more.
     """
-    open_ = {name: torch.ones(len(value), dtype=torch.float64) for name, value in values.items()}
+    open_ = opened(values, {})
     _, slopes = macs.slopes(open_)
     ranked: list[Block] = []
     for name, scores in values.items():
@@ -115,14 +140,7 @@ def closed_units(
             gates[name][list(units)] = 0.0
         return macs.share(gates).item()
 
-    least = share(len(ranked))
-    if least > target:
-        what = "block" if max((blocks or {}).values(), default=1) > 1 else "unit"
-        raise TransformError(
-            f"TrainableGate.macs={target:g} is out of reach: with one {what} left in every group {least:.4f} of the "
-            "multiply-accumulates remain. Raise macs."
-        )
-    low, high = 0, len(ranked)  # share(high) meets the target
+    low, high = 0, len(ranked)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if share(middle) <= target else (middle + 1, high)
@@ -148,3 +166,27 @@ def _reopened(macs: MacModel, gates: dict[str, Tensor], closed: list[Block], tar
         else:
             left.remove((name, units))
     return left
+
+
+def _operations(program: ExportedProgram) -> list[tuple[fx.Node, int, list[str]]]:
+    """Every operation, with its multiply-accumulates and the parameters that it reads, as they are or rewritten."""
+    nodes = list(program.graph.nodes)
+    stacks = [node.meta.get("nn_module_stack") for node in nodes]
+    try:
+        for node in nodes:
+            node.meta["nn_module_stack"] = {"": (node.name, None)}  # to have each counted by itself
+        macs = count_macs(program)
+    finally:
+        for node, stack in zip(nodes, stacks, strict=True):
+            node.meta["nn_module_stack"] = stack
+    names = program.graph_signature.inputs_to_parameters
+    read = {node: [names[node.name]] for node in nodes if node.name in names}
+    found = []
+    for node in nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        weights = [name for source in node.all_input_nodes for name in read.get(source, [])]
+        if weights and all(source in read for source in node.all_input_nodes):
+            read[node] = weights
+        found.append((node, macs.get(node.name, 0), weights))
+    return found

@@ -41,17 +41,17 @@ def train(
         changes: settings of the recipe to replace.
 
     Raises:
-        TransformError: a task without a loss, or one that trains by its own ``fit``, of whose iterations we see
-            nothing.
+        TransformError: where anything is to be trained, a task without a loss, or one that trains by its own ``fit``,
+            of whose iterations we see nothing.
     """
+    if epochs <= 0:
+        return model.eval()
     require_loss(owner, task)
     if task.fit is not None:
         raise TransformError(
             f"{type(owner).__name__} works within every iteration of training, but task {task.name!r} trains by its "
-            "own fit=. Use a method without training, or let the task be trained by netwright."
+            "own fit=. Use a method without training, budget=0, or let the task be trained by netwright."
         )
-    if epochs <= 0:
-        return model.eval()
     if hook is not None:
         changes = {"parameterization": None, **changes}
     recipe = (task.recipe or Recipe()).lasting(epochs).replace(**changes)

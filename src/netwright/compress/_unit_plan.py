@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from netwright.compress._groups import input_dim, without_excluded
-from netwright.compress._settings import check_choice, check_ratio, check_weights
-from netwright.compress._sparse_recipe_masks import checked_names
+from netwright.compress._settings import check_choice, check_ratio, check_weights, checked_paths
 from netwright.compress._unit_vectors import Places, UnitVectors
 from netwright.core.errors import NothingToPruneError, TransformError
 from netwright.core.fit import StepHook
@@ -69,7 +68,7 @@ def check_structured(owner: Structured) -> None:
     Raises:
         TransformError: a setting outside its range.
     """
-    object.__setattr__(owner, "exclude", checked_names(owner, owner.exclude))
+    object.__setattr__(owner, "exclude", checked_paths(owner, "exclude", owner.exclude))
     check_ratio(owner, "ratio", owner.ratio, what="removes half of the units")
     check_choice(owner, "scope", owner.scope, get_args(Scope))
     check_ratio(owner, "start", owner.start, what="begins to prune after half of the training", zero=True)

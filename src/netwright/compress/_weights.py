@@ -1,6 +1,7 @@
 """All weights that single-weight pruning may set to zero, as one vector."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias
 
 import torch
@@ -10,9 +11,10 @@ from torch.nn.modules.conv import _ConvNd
 from netwright.core.data import Batch, batches
 from netwright.core.errors import NothingToPruneError, TransformError
 from netwright.core.losses import task_loss
+from netwright.core.randomness import isolated
 from netwright.core.task import Task
 
-__all__ = ["FlatWeights", "loss_gradients", "training_batches"]
+__all__ = ["FlatWeights", "differentiable", "loss_gradients", "training_batches"]
 
 Told: TypeAlias = Callable[[float], object]
 _LAYERS = (nn.Linear, nn.Bilinear, _ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
@@ -80,6 +82,25 @@ class FlatWeights:
         pairs = zip(self.parameters.values(), values, strict=True)
         return torch.cat([torch.zeros_like(param).flatten() if v is None else v.flatten() for param, v in pairs])
 
+    def require_left(self, owner: object, ratio: float, *, each: bool = False) -> None:
+        """Check that something stays when ``ratio`` of the weights go.
+
+        Args:
+            owner: the transform, for messages.
+            ratio: share of the weights to remove.
+            each: of every parameter, not only of all together.
+
+        Raises:
+            TransformError: a ratio that would leave none.
+        """
+        sizes = {f" of {name}": value.numel() for name, value in self.parameters.items()} if each else {"": self.size}
+        where, size = min(sizes.items(), key=lambda entry: entry[1])
+        if round((1.0 - ratio) * size) < 1:
+            raise TransformError(
+                f"{type(owner).__name__}.ratio={ratio!r} would leave none of {size} weights{where}. The highest ratio "
+                f"that leaves one is {1 - 1 / size:.{max(6, len(str(size)) + 1)}g}."
+            )
+
     def dense(self, density: float) -> int:
         """How many weights ``density`` of all are, at least one."""
         return max(1, round(density * self.size))
@@ -92,6 +113,12 @@ def _own(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[tuple
             yield from module.named_parameters(recurse=False)
 
 
+def differentiable(model: nn.Module) -> AbstractContextManager[object]:
+    """Inside, gradients flow through recurrent layers in eval mode too, which cuDNN refuses them."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+
+
 def training_batches(task: Task, size: int, count: int, seed: int, device: torch.device) -> list[Batch]:
     """At most ``count`` whole batches of the training split, drawn without replacement.
 
@@ -100,10 +127,11 @@ def training_batches(task: Task, size: int, count: int, seed: int, device: torch
     """
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for batch in batches(task.data.train, size, generator=generator, drop_last=True, device=device):
-        found.append(batch)
-        if len(found) == count:
-            break
+    with isolated(seed):
+        for batch in batches(task.data.train, size, generator=generator, drop_last=True, device=device):
+            found.append(batch)
+            if len(found) == count:
+                break
     if not found:
         raise TransformError(
             f"Task {task.name!r} has {len(task.data.train)} training items, fewer than one batch of {size}. Lower the "
@@ -139,9 +167,9 @@ def loss_gradients(
         value.requires_grad_(True)
     try:
         for position, (inputs, targets) in enumerate(parts):
-            with torch.enable_grad():
+            with torch.enable_grad(), differentiable(model):
                 loss = task_loss(task, task.outputs(model, inputs), targets)
-            gradients = torch.autograd.grad(loss, variables, allow_unused=True)
+                gradients = torch.autograd.grad(loss, variables, allow_unused=True)
             row = rows[position]
             for (_, place, _), gradient in zip(weights, gradients, strict=True):
                 row[place] = 0.0 if gradient is None else gradient.flatten()

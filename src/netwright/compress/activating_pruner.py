@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from netwright.compress._settings import check_count, check_flag, check_ratio, check_weights
-from netwright.compress._sparse_recipe_masks import HeldMask, checked_names, largest, shared_epochs
+from netwright.compress._settings import check_count, check_flag, check_ratio, check_weights, checked_paths
+from netwright.compress._sparse_recipe_masks import HeldMask, largest, shared_epochs
 from netwright.compress._training import train
 from netwright.compress._weights import FlatWeights
 from netwright.core.parametrized import fold_parametrizations
@@ -47,8 +47,9 @@ class ActivatingPruner:
         exclude: names of parameters or modules whose weights stay dense.
 
     Raises:
-        TransformError: a setting outside its range; on a call, weights that are not finite, a name in ``exclude``
-            that the model does not have, a task without a loss, or one that trains by its own ``fit``.
+        TransformError: a setting outside its range; on a call, a ratio that would leave no weight, weights that are not
+            finite, a name in ``exclude`` that the model does not have, or a training on a task without a loss, or on
+            one that trains by its own ``fit``.
         NothingToPruneError: on a call, a model without matrices or kernels.
 
     Example:
@@ -83,7 +84,7 @@ class ActivatingPruner:
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "exclude", checked_names(self, self.exclude))
+        object.__setattr__(self, "exclude", checked_paths(self, "exclude", self.exclude))
         check_ratio(self, "ratio", self.ratio, what="removes half of the weights")
         check_ratio(self, "share", self.share, what="lets the rule for activation choose half of them", zero=True)
         check_count(self, "rounds", self.rounds)
@@ -113,6 +114,7 @@ class ActivatingPruner:
         result = deepcopy(model)
         fold_parametrizations(result)
         weights = FlatWeights(result, self.exclude)
+        weights.require_left(self, self.ratio)
         first = weights.read()
         state = deepcopy(result.state_dict())
         alive = torch.ones(weights.size, dtype=torch.bool, device=first.device)

@@ -12,7 +12,8 @@ from netwright.compress._codebook_learning import LearnedCodebooks, MappingSteps
 from netwright.compress._codebook_start import alike, kmeans
 from netwright.compress._codebook_storage import StoredCodebooks, attach, codebook_bytes
 from netwright.compress._low_rank_layers import layers_of
-from netwright.compress._settings import check_count, check_flag, check_number, check_weights
+from netwright.compress._rounded import is_rounded
+from netwright.compress._settings import check_count, check_flag, check_number, check_weights, checked_paths
 from netwright.compress._training import train
 from netwright.core.errors import NothingToPruneError, TransformError
 from netwright.core.recipe import Recipe
@@ -22,6 +23,7 @@ from netwright.core.transform import Progress
 __all__ = ["Codebooks"]
 
 _PER_WORD = 128  # weights for each codeword of a layer, at least, before a layer gets another codebook
+_TWICE = ": its weights are rounded already. Leave one of the two steps out."
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,7 @@ class Codebooks:
     low_precision: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.exclude, str):
-            raise TransformError(f"Codebooks.exclude must be a sequence of paths; write ({self.exclude!r},).")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "exclude", checked_paths(self, "exclude", self.exclude))
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
             raise TransformError(
                 f"Codebooks.bits must be an integer from 1 to 8, got {self.bits!r}. Indices of 2 to 4 bits keep most "
@@ -148,7 +148,7 @@ class Codebooks:
                 f"{type(model).__name__} has no linear layer or ungrouped convolution that codebooks of {self.bits} "
                 "bits make smaller"
                 + (f" outside exclude={list(self.exclude)!r}" if self.exclude else "")
-                + ". Lower bits, or leave this step out."
+                + (_TWICE if is_rounded(model) else ". Lower bits, or leave this step out.")
             )
         parts = []
         for position, layer in enumerate(layers):

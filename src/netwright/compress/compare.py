@@ -5,8 +5,8 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from netwright.core.artifact import load_weights, save_program, save_weights
 from netwright.core.check import check_task
 from netwright.core.console import ConsoleProgress
 from netwright.core.cost import compare_onnx, measure_onnx
-from netwright.core.errors import NetwrightError, RunDirectoryError, TransformError
+from netwright.core.errors import ArtifactError, RunDirectoryError, TransformError
 from netwright.core.evaluate import evaluate
 from netwright.core.fit import fit
 from netwright.core.graph.export import export_model
@@ -68,9 +68,9 @@ def compare(
 
     The network is trained by the task's recipe, unless the task brings it trained. Each method starts from it and may
     spend ``epochs`` of training: a method that trains by itself gets them as its budget, after any other the result
-    is trained that long with the network as its teacher, zeros of single weights held (without the recipe's
-    parameterization). Then it is exported, scored and timed in turns with the baseline. A method that fails is a row
-    with its reason, and the others go on.
+    is trained that long with the network as its teacher, zeros of single weights that it set held (without the
+    recipe's parameterization). Then it is exported, scored and timed in turns with the baseline. A method that fails is
+    a row with its reason, and the others go on.
 
     Args:
         task: data, loss, score and network.
@@ -89,8 +89,11 @@ def compare(
         Rows, with a ``table()``, a ``plot()`` and ``save(path)``.
 
     Raises:
-        TransformError: no methods, a name that is no file name, or something that is not a transform.
-        RunDirectoryError: ``out`` holds something else, or with ``resume`` another comparison.
+        TransformError: no methods, a name that is no file name, something that is not a transform, or a setting that
+            JSON cannot hold.
+        RunDirectoryError: ``out`` holds something else, or with ``resume`` another comparison; a file that cannot be
+            written there.
+        ArtifactError: a model that cannot be written there, as on a full disk. What is finished stays for ``resume``.
         TaskError: a task that cannot be trained or scored.
 
     Example:
@@ -164,37 +167,34 @@ def _check(methods: Mapping[str, Transform], epochs: float | None, resume: bool,
             raise TransformError(f"compare(): {name!r} cannot be a method's name, for files are named after it.")
         if not is_transform(method):
             raise TransformError(f"compare(): {name!r} must be a transform such as Prune(0.5), got {method!r}.")
+        _check_settings(name, method)
     if epochs is not None and not (isinstance(epochs, int | float) and 0 <= epochs < float("inf")):
         raise TransformError(f"compare(): epochs must be a number of at least 0, got {epochs!r}.")
     if resume and out is None:
         raise RunDirectoryError("compare(resume=True) needs the folder of the comparison: give out=.")
 
 
-def _bar(label: str, console: bool) -> Any:
-    return _Silent() if not console else _Shown(label)
+def _check_settings(name: str, method: Transform) -> None:
+    for step in method.steps if isinstance(method, Chain) else ():
+        _check_settings(name, step)
+    for field, value in described(method).get("settings", {}).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise TransformError(
+                f"compare(): {name!r} cannot be recorded, for {type(method).__name__}.{field} is {value!r}, which JSON "
+                "cannot hold. Settings are numbers, words, and lists and dicts of them."
+            ) from error
 
 
-class _Silent:
-    """No progress shown."""
-
-    def __enter__(self) -> Progress:
-        return lambda fraction, what: None
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class _Shown:
-    """Progress on standard error."""
-
-    def __init__(self, label: str) -> None:
-        self._progress = ConsoleProgress(label)
-
-    def __enter__(self) -> Progress:
-        return self._progress.__enter__().update
-
-    def __exit__(self, *error: Any) -> None:
-        self._progress.__exit__(*error)
+@contextmanager
+def _bar(label: str, console: bool) -> Iterator[Progress]:
+    """Progress on standard error, or none."""
+    if not console:
+        yield lambda fraction, what: None
+        return
+    with ConsoleProgress(label) as progress:
+        yield progress.update
 
 
 def _baseline(
@@ -229,9 +229,11 @@ def _row(work: _Work, name: str, method: Transform, progress: Progress) -> Row:
         model = _compress(work, method, progress)
         took = time.perf_counter() - start
         return dataclasses.replace(_measured(work, name, model), seconds=took)
-    except NetwrightError as error:
-        reason = f"{type(error).__name__}: {error}"
+    except RunDirectoryError:  # the folder's fault, not the method's
+        raise
     except Exception as error:  # a method of the user's own may raise anything; the others go on
+        if isinstance(error, ArtifactError) and isinstance(error.__cause__, OSError):  # a full disk
+            raise
         reason = f"{type(error).__name__}: {error}"
     return Row(name, " ".join(reason.split())[:500], seconds=time.perf_counter() - start)
 
@@ -251,7 +253,7 @@ def _compress(work: _Work, method: Transform, progress: Progress) -> nn.Module:
     if alone:
         return model
     recipe = (work.task.recipe or Recipe()).lasting(work.epochs).replace(keep_zeros=False)
-    if is_sparse(model):  # a parameterization would move zeros
+    if is_sparse(model) or _zeros(model) > _zeros(work.model):  # a parameterization would move zeros
         recipe = recipe.replace(keep_zeros=True, parameterization=None)
     if any(getattr(step, "low_precision", False) for step in steps):
         recipe = recipe.scaled(_QUANTIZED_RATE)

@@ -14,6 +14,7 @@ from netwright.compress.quantize import trace
 from netwright.core.errors import TransformError
 from netwright.core.evaluate import evaluate
 from netwright.core.front import Front
+from netwright.core.randomness import isolated
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -73,7 +74,8 @@ class DeepReDuce:
     3. reshaping: half of the channels go.
 
     Of all networks so described, the one with most ReLUs within the limit is trained, ``model`` being its teacher;
-    one with its channels left is preferred. :func:`relu_front` trains all of them.
+    one with its channels left is preferred. Where the most critical stage alone is too large for the limit, the most
+    critical one that is not stays in its place. :func:`relu_front` trains all of them.
 
     Args:
         ratio: the share of ReLUs that may be left, in (0, 1).
@@ -82,7 +84,8 @@ class DeepReDuce:
 
     Raises:
         TransformError: a setting outside its range; on a call, a ratio below what can be reached, a model without
-            ReLUs, weights that are not finite, a task without a loss, or one that trains by its own ``fit``.
+            ReLUs, weights that are not finite, a task without a loss, or, to be trained, one that trains by its own
+            ``fit``.
         TraceError: on a call, a model that cannot be traced.
 
     Example:
@@ -133,23 +136,23 @@ class DeepReDuce:
             progress: told how far it is.
         """
         report = progress or (lambda fraction, what: None)
-        maker = ReluRemoval(self, model, task, seed)
         epochs = (task.recipe or Recipe()).epochs if budget is None else budget
+        with isolated(seed):
+            return self._reduced(ReluRemoval(self, model, task, seed), epochs, report)
+
+    def _reduced(self, maker: ReluRemoval, epochs: float, report: Progress) -> nn.Module:
+        total = sum(layer.count for layer in maker.layers)
+        limit = self.ratio * total + 1e-9
+        if maker.least(reshape=False) > limit and (least := maker.least(reshape=True)) > limit:
+            raise TransformError(
+                f"DeepReDuce: a ratio of {self.ratio:g} is out of reach for {type(maker.model).__name__}; the smallest "
+                f"share of its {total} ReLUs that can be left is {math.ceil(1000 * least / total) / 1000:.3f}. Raise "
+                "ratio."
+            )
         critical, spent = maker.criticality(
             self.exponent, self.probe * epochs, lambda f, what: report(self.probe * f, what)
         )
-        total = sum(layer.count for layer in maker.layers)
-        for reshape in (False, True):
-            plans = maker.plans(critical, reshape=reshape)
-            allowed = [plan for plan in plans if plan.count <= self.ratio * total + 1e-9]
-            if allowed:
-                break
-        if not allowed:
-            least = min(plan.count for plan in plans) / total
-            raise TransformError(
-                f"DeepReDuce: a ratio of {self.ratio:g} is out of reach for {type(model).__name__}; the smallest share "
-                f"of its {total} ReLUs that can be left is {math.ceil(1000 * least) / 1000:.3f}. Raise ratio."
-            )
+        allowed = maker.within(critical, limit)
         chosen = max(allowed, key=lambda plan: (not plan.reshaped, plan.count))
         what = f"{chosen.count} of {total} ReLUs are left: {chosen.steps}"
         report(self.probe, what)
@@ -192,15 +195,16 @@ def relu_front(
     """
     chosen = settings or DeepReDuce()
     report = progress or (lambda fraction, what: None)
-    maker = ReluRemoval(chosen, model, task, seed)
     epochs = (task.recipe or Recipe()).epochs if budget is None else budget
-    critical, _ = maker.criticality(chosen.exponent, chosen.probe * epochs, lambda f, what: report(0.1 * f, what))
-    plans = maker.plans(critical)
-    whole = sum(layer.count for layer in maker.layers)
-    points = [ReluPoint(whole, evaluate(model, task, "val"), "whole", copy.deepcopy(model).eval())]
-    for number, plan in enumerate(plans):
-        report(0.1 + 0.9 * number / len(plans), f"{plan.count} of {whole} ReLUs: {plan.steps}")
-        trained = maker.trained(plan, epochs, lambda fraction, what: None)
-        points.append(ReluPoint(plan.count, evaluate(trained, task, "val"), plan.steps, trained))
+    with isolated(seed):
+        maker = ReluRemoval(chosen, model, task, seed)
+        critical, _ = maker.criticality(chosen.exponent, chosen.probe * epochs, lambda f, what: report(0.1 * f, what))
+        plans = maker.plans(critical)
+        whole = sum(layer.count for layer in maker.layers)
+        points = [ReluPoint(whole, evaluate(model, task, "val"), "whole", copy.deepcopy(model).eval())]
+        for number, plan in enumerate(plans):
+            report(0.1 + 0.9 * number / len(plans), f"{plan.count} of {whole} ReLUs: {plan.steps}")
+            trained = maker.trained(plan, epochs, lambda fraction, what: None)
+            points.append(ReluPoint(plan.count, evaluate(trained, task, "val"), plan.steps, trained))
     report(1.0, f"{len(points)} networks")
     return Front(points, [lambda point: float(point.count), lambda point: -point.score])

@@ -103,7 +103,7 @@ class EasyQuant:
     reduce_range: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in (6, 7, 8):
+        if not isinstance(self.bits, int) or self.bits not in (6, 7, 8):
             raise TransformError(f"EasyQuant.bits must be 8, 7 or 6, got {self.bits!r}.")
         check_count(self, "candidates", self.candidates, least=2)
         check_count(self, "rounds", self.rounds)

@@ -13,8 +13,8 @@ from netwright.compress._geta_hook import JointTraining, Stages
 from netwright.compress._learned_quantizer import FixedQuantizer
 from netwright.compress._placement import Weighted
 from netwright.compress._quantizers import Integers
-from netwright.compress._settings import check_choice, check_count, check_ratio, check_weights
-from netwright.compress._sparse_recipe_masks import checked_names, shared_epochs, steps_per_epoch
+from netwright.compress._settings import check_choice, check_count, check_ratio, check_weights, checked_paths
+from netwright.compress._sparse_recipe_masks import shared_epochs, steps_per_epoch
 from netwright.compress._training import train
 from netwright.compress._unit_plan import Goal, Plan, Scope, plan, step_sizes
 from netwright.compress._unit_vectors import UnitVectors
@@ -122,7 +122,7 @@ class GETA:
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "exclude", checked_names(self, self.exclude))
+        object.__setattr__(self, "exclude", checked_paths(self, "exclude", self.exclude))
         check_ratio(self, "ratio", self.ratio, what="removes half of the units", zero=True)
         check_choice(self, "scope", self.scope, get_args(Scope))
         check_count(self, "periods", self.periods)
@@ -216,7 +216,7 @@ class GETA:
         trained = dict(smaller.named_parameters(remove_duplicate=False))
         module, where = prepare(self, smaller, task)
         layers = [(_node(node, rule), rule.axis) for node, rule in where.weights.items()]
-        module, observers = insert(module, where, settings)
+        module, observers = insert(self, module, where, settings)
         for node, axis in layers:
             source, name = source_of(node), str(node.target)
             if source in hook.grids:

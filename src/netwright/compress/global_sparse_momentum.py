@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from netwright.compress._held_items import refresh_norms
-from netwright.compress._settings import check_number, check_ratio, check_weights
-from netwright.compress._sparse_recipe_masks import checked_names, largest, shared_epochs, steps_per_epoch
+from netwright.compress._settings import check_number, check_ratio, check_weights, checked_paths
+from netwright.compress._sparse_recipe_masks import largest, shared_epochs, steps_per_epoch
 from netwright.compress._training import train
 from netwright.compress._weights import FlatWeights
 from netwright.core.fit import StepHook
@@ -55,8 +55,9 @@ class GlobalSparseMomentum:
         exclude: names of parameters or modules whose weights stay dense.
 
     Raises:
-        TransformError: a setting outside its range; on a call, weights that are not finite, a name in ``exclude``
-            that the model does not have, a task without a loss, or one that trains by its own ``fit``.
+        TransformError: a setting outside its range; on a call, a ratio that would leave no weight, weights that are not
+            finite, a name in ``exclude`` that the model does not have, or a training on a task without a loss, or on
+            one that trains by its own ``fit``.
         NothingToPruneError: on a call, a model without matrices or kernels.
 
     Example:
@@ -92,7 +93,7 @@ class GlobalSparseMomentum:
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "exclude", checked_names(self, self.exclude))
+        object.__setattr__(self, "exclude", checked_paths(self, "exclude", self.exclude))
         check_ratio(self, "ratio", self.ratio, what="removes half of the weights")
         check_number(self, "learning_rate", self.learning_rate, above=True)
         check_ratio(self, "momentum", self.momentum, what="halves the past in every step", zero=True)
@@ -123,6 +124,7 @@ class GlobalSparseMomentum:
         result = deepcopy(model)
         fold_parametrizations(result)
         weights = FlatWeights(result, self.exclude)
+        weights.require_left(self, self.ratio)
         recipe = task.recipe or Recipe()
         [epochs] = shared_epochs(task, _EXTENSION * recipe.epochs if budget is None else budget, [1.0])
         report(0.0, f"training {weights.size} weights, {weights.dense(1 - self.ratio)} with gradients")

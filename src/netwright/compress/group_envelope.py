@@ -10,13 +10,21 @@ from torch import Tensor, nn
 
 from netwright.compress._group_envelope_prox import envelope_prox
 from netwright.compress._groups import chosen_groups
-from netwright.compress._settings import check_choice, check_flag, check_number, check_ratio, check_weights
-from netwright.compress._sparse_recipe_masks import checked_names, shared_epochs
+from netwright.compress._settings import (
+    check_choice,
+    check_flag,
+    check_number,
+    check_ratio,
+    check_weights,
+    checked_paths,
+)
+from netwright.compress._sparse_recipe_masks import shared_epochs
 from netwright.compress._trainable_gate_hook import gated_places
 from netwright.compress._training import train
 from netwright.compress._unit_plan import Goal, Scope, goal_of
 from netwright.core.fit import StepHook
 from netwright.core.graph import Place, trace
+from netwright.core.randomness import isolated
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -60,8 +68,8 @@ class GroupEnvelope:
 
     Raises:
         TransformError: a setting outside its range; on a call, a ratio that would leave a layer no unit or remove none,
-            a name in ``exclude`` that no group has, weights that are not finite, a task without a loss, or one
-            that trains by its own ``fit``.
+            a name in ``exclude`` that no group has, weights that are not finite, or, to be trained, a task without a
+            loss or one that trains by its own ``fit``.
         NothingToPruneError: on a call, no group is left to prune.
         TraceError: on a call, a model that cannot be traced.
 
@@ -103,7 +111,7 @@ class GroupEnvelope:
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "exclude", checked_names(self, self.exclude))
+        object.__setattr__(self, "exclude", checked_paths(self, "exclude", self.exclude))
         check_ratio(self, "ratio", self.ratio, what="removes half of the units")
         check_number(self, "strength", self.strength, above=True)
         check_ratio(self, "search", self.search, what="spends half of the training on the search")
@@ -131,11 +139,13 @@ class GroupEnvelope:
         check_weights(self, model)
         report = progress or (lambda fraction, what: None)
         report(0.0, "tracing")
-        graph = trace(model, task.example())
+        with isolated(seed):
+            inputs = task.example()
+        graph = trace(model, inputs)
         groups = chosen_groups(self, graph, self.exclude, self.inexact, "prune")
         goal = goal_of(self, groups)
         result = deepcopy(model)
-        places = gated_places(graph, model, groups, task.example())
+        places = gated_places(graph, model, groups, inputs)
         hook = _Proximal(self, result, places, goal)
         epochs = (task.recipe or Recipe()).epochs if budget is None else budget
         search, rest = shared_epochs(task, epochs, [self.search, 1.0 - self.search])

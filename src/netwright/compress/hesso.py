@@ -14,6 +14,7 @@ from netwright.compress._training import train
 from netwright.compress._unit_plan import Plan, Scope, UnitHook, check_structured, plan
 from netwright.compress._unit_saliency import unit_saliency
 from netwright.compress._unit_vectors import UnitVectors
+from netwright.core.randomness import isolated
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -65,7 +66,8 @@ class HESSO:
 
     Raises:
         TransformError: a setting outside its range; on a call, a ratio that cannot be met, a name in ``exclude`` that
-            no group has, weights that are not finite, a task without a loss, or one that trains by its own ``fit``.
+            no group has, weights that are not finite, or, to be trained, a task without a loss or one that trains by
+            its own ``fit``.
         NothingToPruneError: on a call, no zero-invariant group is left.
         TraceError: on a call, a model that cannot be traced.
 
@@ -135,7 +137,8 @@ class HESSO:
         """
         report = progress or (lambda fraction, what: None)
         report(0.0, "tracing")
-        found = plan(self, model, task)
+        with isolated(seed):
+            found = plan(self, model, task)
         epochs = (task.recipe or Recipe()).epochs if budget is None else budget
         [epochs] = shared_epochs(task, epochs, [1.0])
         result = deepcopy(model)

@@ -17,7 +17,9 @@ from netwright.compress.quantize import Int8, Kind
 from netwright.core.artifact import OnnxModule, export_onnx
 from netwright.core.cost import Ratio, compare_onnx
 from netwright.core.data import Inputs, beside, call, first_inputs
-from netwright.core.errors import TransformError
+from netwright.core.errors import ArtifactError, TransformError
+from netwright.core.onnx_codebooks import compute_integers
+from netwright.core.onnx_quantized import drop_unused
 from netwright.core.task import Task
 
 __all__ = ["Int8Types", "PairResult", "fastest_int8"]
@@ -82,7 +84,7 @@ def fastest_int8(
     int8 weights are several times faster than int8 with int8, the default of many tools; elsewhere the order differs.
     The pairs stand for the same real numbers, so the model is quantized and exported once, and the integers are
     shifted. Where the runtime's outputs differ from the simulated ones by more than rounding (products of uint8 and
-    int8 saturate on x86 without VNNI), weights of 7 bits are tried.
+    int8 saturate on x86 without VNNI), weights of 7 bits are tried. A pair that the runtime cannot load is left out.
 
     Args:
         model: the model to quantize, or a smaller one with the same kinds of layers.
@@ -93,7 +95,8 @@ def fastest_int8(
         seconds: how long to time each pair.
 
     Raises:
-        TransformError: a model with nothing to quantize, or none of whose integer forms is right in this runtime.
+        TransformError: a model with nothing to quantize, or none of whose integer forms can be loaded by this runtime
+            and is right there.
         TraceError, ArtifactError: a model that cannot be traced or exported.
 
     Cost: a trace, a calibration, two exports, and the time asked for with each of three pairs.
@@ -101,6 +104,7 @@ def fastest_int8(
     base = replace(settings or Int8(), activation="uint8", weight="int8", reduce_range=False)
     inputs = first_inputs(task.data.val, _ITEMS)
     table: list[PairResult] = []
+    refused = ""
     with tempfile.TemporaryDirectory(prefix="netwright-") as name:
         folder = Path(name)
         export_onnx(model, inputs, folder / "float.onnx")
@@ -113,13 +117,20 @@ def fastest_int8(
             for activation, weight in _PAIRS:
                 path = folder / f"{activation}-{weight}.onnx"
                 _retype(folder / "uint8-int8.onnx", path, activation, weight)
+                try:
+                    runnable = OnnxModule(path, threads)
+                except ArtifactError as error:
+                    refused = str(error)
+                    continue
                 ratio = compare_onnx(
                     path, folder / "float.onnx", inputs, batch=batch, threads=threads, seconds=seconds, repeats=10
                 )
-                error = _error(_outputs(OnnxModule(path, threads), inputs), expected)
-                table.append(PairResult(activation, weight, reduced, ratio, error, error <= tolerance))
+                difference = _error(_outputs(runnable, inputs), expected)
+                table.append(PairResult(activation, weight, reduced, ratio, difference, difference <= tolerance))
             if all(row.right for row in table):
                 break
+    if not table:
+        raise TransformError(f"Int8: no integer form of this model can be loaded. {refused}")
     return Int8Types(_choose(base, table), tuple(table))
 
 
@@ -149,6 +160,8 @@ def _error(found: Tensor, expected: Tensor) -> float:
 def _retype(source: Path, target: Path, activation: Kind, weight: Kind) -> None:
     """Write a model of uint8 activations and int8 weights with other types that stand for the same numbers."""
     proto = onnx.load(str(source))
+    compute_integers(proto)  # those in few bits or with many zeros are stored in parts
+    drop_unused(proto.graph)
     places = {
         name
         for node in proto.graph.node

@@ -26,6 +26,7 @@ from netwright.compress._training import train
 from netwright.compress.quantize import trace
 from netwright.core.batch_statistics import reestimate
 from netwright.core.errors import TransformError
+from netwright.core.randomness import isolated
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -73,8 +74,8 @@ class LayerMerge:
 
     Raises:
         TransformError: a setting outside its range; on a call, a ratio below what can be reached, a model in which
-            nothing can be merged or left out, weights that are not finite, a task without a loss or one that
-            trains by its own ``fit``.
+            nothing can be merged or left out, weights that are not finite, a task without a loss or, to be trained,
+            one that trains by its own ``fit``.
         TraceError: on a call, a model that cannot be traced.
 
     Example:
@@ -145,7 +146,8 @@ class LayerMerge:
         """
         report = progress or (lambda fraction, what: None)
         epochs = (task.recipe or Recipe()).epochs if budget is None else budget
-        module, chosen, spent = self._planned(model, task, epochs, seed, report)
+        with isolated(seed):
+            module, chosen, spent = self._planned(model, task, epochs, seed, report)
         layers = sum(each.stop - each.start for each in chosen)
         report(0.4, f"{layers} layers become {sum(not each.empty for each in chosen)}")
         result: nn.Module = with_choices(module, chosen)
@@ -170,7 +172,8 @@ class LayerMerge:
     def plan(self, model: nn.Module, task: Task, *, budget: float | None = None, seed: int = 0) -> list[Choice]:
         """The choices that a call takes, in the order of the layers."""
         epochs = (task.recipe or Recipe()).epochs if budget is None else budget
-        return self._planned(model, task, epochs, seed, lambda fraction, what: None)[1]
+        with isolated(seed):
+            return self._planned(model, task, epochs, seed, lambda fraction, what: None)[1]
 
     def _planned(
         self, model: nn.Module, task: Task, epochs: float, seed: int, report: Progress

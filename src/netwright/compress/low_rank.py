@@ -10,7 +10,15 @@ from torch import nn
 from netwright.compress._layer_inputs import Moments, output_moments
 from netwright.compress._low_rank_factors import Count, Option, Way, cost_of, factorized, option_of
 from netwright.compress._low_rank_layers import Layer, exchanged, layers_of
-from netwright.compress._settings import check_choice, check_count, check_number, check_ratio, check_weights
+from netwright.compress._rounded import is_rounded
+from netwright.compress._settings import (
+    check_choice,
+    check_count,
+    check_number,
+    check_ratio,
+    check_weights,
+    checked_paths,
+)
 from netwright.core.errors import NothingToPruneError, TransformError
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -22,6 +30,7 @@ Scheme = Literal["auto", "channel", "spatial"]
 Metric = Literal["outputs", "weights"]
 
 _HALVINGS = 60
+_FIRST = ": its weights are rounded or held in codebooks already. Take this step before that one."
 
 
 @dataclass(frozen=True)
@@ -112,9 +121,7 @@ class LowRank:
     calibration_items: int = 256
 
     def __post_init__(self) -> None:
-        if isinstance(self.exclude, str):
-            raise TransformError(f"LowRank.exclude must be a sequence of paths; write ({self.exclude!r},).")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "exclude", checked_paths(self, "exclude", self.exclude))
         check_ratio(self, "ratio", self.ratio, what="removes half of the operations")
         for name, kinds in (("rule", Rule), ("metric", Metric), ("scheme", Scheme), ("count", Count)):
             check_choice(self, name, getattr(self, name), get_args(kinds))
@@ -149,7 +156,7 @@ class LowRank:
             raise NothingToPruneError(
                 f"{type(model).__name__} has no linear layer or convolution that a lower rank makes cheaper"
                 + (f" outside exclude={list(self.exclude)!r}" if self.exclude else "")
-                + ". Leave this step out."
+                + (_FIRST if is_rounded(model) else ". Leave this step out.")
             )
         ranks = self._ranks(options, layers)
         made = {

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import TensorDataset
 
 from netwright.compress._calibrated import calibrated, levels
-from netwright.compress._input_change import Augmented, can_change, parts
+from netwright.compress._input_change import Augmented, can_change, kind_of, parts
 from netwright.compress._settings import check_count, check_number, check_weights
 from netwright.compress._training import train
 from netwright.core.data import Batch, Dataset, Inputs, batches, to_device
@@ -146,7 +146,8 @@ class MetaAug:
 
     Args:
         bits: of weights, 2 to 8.
-        activation_bits: 2 to 8.
+        activation_bits: 2 to 8. Fewer than 8 are for hardware with kernels for them: ONNX Runtime clips in float
+            between its integers, which is slower than float alone, see :class:`netwright.compress.EasyQuant`.
         calibration_items: training inputs that are seen; their targets are not.
         strength: :math:`\rho`, at most 1; 0 trains on the inputs as they are.
         share: of the items that are changed when they are read, at random.
@@ -199,7 +200,7 @@ class MetaAug:
     def __post_init__(self) -> None:
         for field in ("bits", "activation_bits"):
             value = getattr(self, field)
-            if isinstance(value, bool) or value not in range(2, 9):
+            if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= 8:
                 raise TransformError(f"MetaAug.{field} must be an integer from 2 to 8, got {value!r}.")
         for field in ("calibration_items", "hidden", "every"):
             check_count(self, field, getattr(self, field))
@@ -240,7 +241,7 @@ class MetaAug:
         if self.strength > 0 and not any(map(can_change, parts(held[0]).values())):
             raise TransformError(
                 f"MetaAug varies inputs of floating point, but those of task {task.name!r} are "
-                f"{', '.join(str(value.dtype) for value in parts(held[0]).values())}. Set strength=0, or use EasyQuant."
+                f"{', '.join(map(kind_of, parts(held[0]).values()))}. Set strength=0, or use EasyQuant."
             )
         recipe = task.recipe or Recipe()
         epochs = recipe.epochs if budget is None else budget

@@ -1,6 +1,6 @@
 """Bits for each layer from how little the layers' outputs resemble each other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -120,10 +120,11 @@ class OMPQ:
     items: int = 64
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", tuple(self.bits))
-        whole = all(isinstance(each, int) and not isinstance(each, bool) and 2 <= each <= 8 for each in self.bits)
-        if not self.bits or not whole:
-            raise TransformError(f"OMPQ.bits must be integers from 2 to 8, got {self.bits!r}.")
+        bits = tuple(self.bits) if isinstance(self.bits, Iterable) else ()
+        whole = all(isinstance(each, int) and not isinstance(each, bool) and 2 <= each <= 8 for each in bits)
+        if not bits or not whole:
+            raise TransformError(f"OMPQ.bits must be integers from 2 to 8, as (4, 8), got {self.bits!r}.")
+        object.__setattr__(self, "bits", bits)
         check_number(self, "average_bits", self.average_bits, above=True)
         check_number(self, "beta", self.beta)
         check_count(self, "items", self.items, least=2)
@@ -161,7 +162,7 @@ class OMPQ:
         chosen = _allocate(importance, sizes, self.bits, self.average_bits * sizes.sum())
         where.outputs.clear()
         where.shared.clear()
-        module, _ = insert(module, where, Int8())
+        module, _ = insert(self, module, where, Int8())
         for layer, bits in zip(layers, chosen, strict=True):
             quantizer = WeightQuantizer(layer.weight, layer.axis, levels(bits)[0], per_channel=True)
             module.set_submodule(f"{layer.path}_quantizer", quantizer)

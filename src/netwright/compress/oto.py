@@ -14,6 +14,7 @@ from netwright.compress._sparse_recipe_masks import shared_epochs, steps_per_epo
 from netwright.compress._training import train
 from netwright.compress._unit_plan import Plan, Scope, UnitHook, check_structured, plan, step_sizes
 from netwright.compress._unit_vectors import UnitVectors
+from netwright.core.randomness import isolated
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -68,7 +69,8 @@ class OTO:
 
     Raises:
         TransformError: a setting outside its range; on a call, a ratio that cannot be met, a name in ``exclude`` that
-            no group has, weights that are not finite, a task without a loss, or one that trains by its own ``fit``.
+            no group has, weights that are not finite, or, to be trained, a task without a loss or one that trains by
+            its own ``fit``.
         NothingToPruneError: on a call, no zero-invariant group is left.
         TraceError: on a call, a model that cannot be traced.
 
@@ -135,7 +137,8 @@ class OTO:
         """
         report = progress or (lambda fraction, what: None)
         report(0.0, "tracing")
-        found = plan(self, model, task)
+        with isolated(seed):
+            found = plan(self, model, task)
         recipe = task.recipe or Recipe()
         [epochs] = shared_epochs(task, recipe.epochs if budget is None else budget, [1.0])
         result = deepcopy(model)

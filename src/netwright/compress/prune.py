@@ -13,6 +13,7 @@ from netwright.compress._savings import macs_per_unit
 from netwright.compress._settings import check_choice, check_count, check_weights
 from netwright.core.errors import NothingToPruneError, TransformError
 from netwright.core.graph import Graph, Group, trace
+from netwright.core.randomness import isolated
 from netwright.core.task import Task
 from netwright.core.transform import Progress
 
@@ -149,7 +150,9 @@ class Prune:
     def _plan(self, model: nn.Module, task: Task, seed: int, report: Progress) -> tuple[Graph, dict[str, list[int]]]:
         check_weights(self, model)
         report(0.0, "tracing")
-        graph = trace(model, task.example())
+        with isolated(seed):
+            inputs = task.example()
+        graph = trace(model, inputs)
         groups = self._groups(graph)
         report(0.3, f"scoring by {self.saliency}")
         scores = self._scores(model, groups, task, seed, report)

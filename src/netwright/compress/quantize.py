@@ -14,7 +14,8 @@ from netwright.compress._layer_inputs import calibration
 from netwright.compress._observe import Observer, grid
 from netwright.compress._placement import Plan, plan
 from netwright.compress._quantizers import ActivationQuantizer, Integers, WeightQuantizer
-from netwright.compress._settings import check_choice, check_count, check_weights
+from netwright.compress._rounded import is_rounded
+from netwright.compress._settings import check_choice, check_count, check_flag, check_weights, checked_paths
 from netwright.core.data import Dataset, call, to_device
 from netwright.core.errors import TransformError
 from netwright.core.evaluate import device_of
@@ -50,8 +51,8 @@ class Int8:
     ``z`` span the range that ``calibration`` finds in what calibration data makes of it; the range always holds zero.
     Batch norms are folded into the layers before them first. What is rounded: inputs and weights of convolutions and
     linear layers, outputs of convolutions after their ReLU, and sums, products, concatenations and average pools
-    between them. Layer norms, softmax, attention and other element-wise functions stay in float, as do weights that an
-    embedding shares.
+    between them. Transposed convolutions, layer norms, softmax, attention and other element-wise functions stay in
+    float, as do weights that an embedding shares and those that are rounded or held in codebooks already.
 
     The result is a traced ``torch.fx.GraphModule`` in evaluation form (dropout is gone, the remaining batch norms
     keep their statistics). It computes in float what integer inference computes, to rounding ties. Exported with
@@ -73,8 +74,8 @@ class Int8:
             depends on.
 
     Raises:
-        TransformError: an unknown setting; on a call, a model with no convolution or linear layer to round, a name in
-            ``skip`` that it does not have, weights or activations that are not finite.
+        TransformError: an unknown setting; on a call, a model with no convolution or linear layer left to round, a name
+            in ``skip`` that it does not have, weights or activations that are not finite.
         TraceError: on a call, a model that cannot be traced.
 
     Example:
@@ -109,8 +110,9 @@ class Int8:
         check_count(self, "weight_bits", self.weight_bits, least=2)
         if self.weight_bits > _WHOLE:
             raise TransformError(f"Int8.weight_bits must be 2 to 8, got {self.weight_bits!r}.")
-        if isinstance(self.skip, str):
-            raise TransformError(f"Int8.skip must be names of modules, got one string. Write ({self.skip!r},).")
+        check_flag(self, "per_channel", self.per_channel)
+        check_flag(self, "reduce_range", self.reduce_range)
+        object.__setattr__(self, "skip", checked_paths(self, "skip", self.skip))
 
     @property
     def reach(self) -> int:
@@ -140,7 +142,7 @@ class Int8:
         report = progress or (lambda fraction, what: None)
         report(0.0, "tracing")
         module, where = prepare(self, model, task, self.skip)
-        module, observers = insert(module, where, self)
+        module, observers = insert(self, module, where, self)
         report(0.3, "calibrating")
         observe(module, observers, task.data.train, self, seed)
         round_outputs(module, observers, self.calibration, Integers.activation(self.activation))
@@ -171,9 +173,17 @@ def prepare(
     if not where.weights:
         raise TransformError(
             f"{type(owner).__name__}: {type(model).__name__} has no convolution or linear layer with a weight of its "
-            f"own{' outside of skip' if skip else ''}, so there is nothing to quantize. Leave this step out."
+            f"own{' outside of skip' if skip else ''}, so there is nothing to quantize. {_advice(model, module)}"
         )
     return module, where
+
+
+def _advice(model: nn.Module, traced: fx.GraphModule) -> str:
+    """What to do with a model in which nothing can be rounded."""
+    if is_rounded(model):
+        return "Its weights are rounded or held in codebooks already: leave one of the two steps out."
+    transposed = any(op_name(node).startswith("conv_transpose") for node in traced.graph.nodes)
+    return f"{'Transposed convolutions are not rounded. ' if transposed else ''}Leave this step out."
 
 
 def trace(model: nn.Module, task: Task) -> fx.GraphModule:
@@ -214,11 +224,11 @@ def _split_silu(module: fx.GraphModule) -> None:
 
 
 def insert(
-    module: fx.GraphModule, where: Plan, settings: Int8, integers: Integers | None = None
+    owner: object, module: fx.GraphModule, where: Plan, settings: Int8, integers: Integers | None = None
 ) -> tuple[fx.GraphModule, dict[str, Observer]]:
     """Put a weight quantizer before every weight of the plan, and an observer after every output.
 
-    Weights become ``integers`` where given, else those of ``settings``.
+    Weights become ``integers`` where given, else those of ``settings``. Messages name the transform ``owner``.
     """
     graph = module.graph
     integers = integers or Integers.weight(settings.weight, settings.reach)
@@ -240,7 +250,7 @@ def insert(
             path = paths[where.shared[node]]
         else:
             path = paths[node] = f"{node.name}_quantizer"
-            observers[path] = Observer(node.name)
+            observers[path] = Observer(node.name, type(owner).__name__)
             module.add_submodule(path, observers[path])
         with graph.inserting_after(node):
             rounded = graph.call_module(path, (node,))

@@ -7,12 +7,18 @@ from typing import ClassVar, Literal, get_args
 
 from torch import nn
 
-from netwright.compress._settings import check_choice, check_count, check_number, check_ratio, check_weights
+from netwright.compress._settings import (
+    check_choice,
+    check_count,
+    check_number,
+    check_ratio,
+    check_weights,
+    checked_paths,
+)
 from netwright.compress._sparse_recipe_masks import (
     SCOPES,
     HeldMask,
     Scope,
-    checked_names,
     magnitude_mask,
     shared_epochs,
     steps_per_epoch,
@@ -62,8 +68,9 @@ class SparseRecipe:
         exclude: names of parameters or modules whose weights stay dense.
 
     Raises:
-        TransformError: a setting outside its range; on a call, weights that are not finite, a name in ``exclude``
-            that the model does not have, a task without a loss, or one that trains by its own ``fit``.
+        TransformError: a setting outside its range; on a call, a ratio that would leave no weight (with
+            ``scope="layer"``, of some parameter), weights that are not finite, a name in ``exclude`` that the model
+            does not have, or a training on a task without a loss, or on one that trains by its own ``fit``.
         NothingToPruneError: on a call, a model without matrices or kernels.
 
     Example:
@@ -106,7 +113,7 @@ class SparseRecipe:
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "exclude", checked_names(self, self.exclude))
+        object.__setattr__(self, "exclude", checked_paths(self, "exclude", self.exclude))
         check_ratio(self, "ratio", self.ratio, what="removes half of the weights")
         check_choice(self, "schedule", self.schedule, get_args(Schedule))
         check_choice(self, "scope", self.scope, SCOPES)
@@ -145,6 +152,7 @@ class SparseRecipe:
         result = deepcopy(model)
         fold_parametrizations(result)
         weights = FlatWeights(result, self.exclude)
+        weights.require_left(self, self.ratio, each=self.scope == "layer")
         recipe = task.recipe or Recipe()
         [epochs] = shared_epochs(task, self.epochs(task) if budget is None else budget, [1.0])
         report(0.0, f"training {epochs:.3g} epochs, {epochs / recipe.epochs:.3g} times the dense recipe's")

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from netwright.compress._low_rank_factors import factorized, option_of
 from netwright.compress._low_rank_layers import Convolution, Layer, exchanged, layers_of, pointwise
-from netwright.compress._settings import check_choice, check_count, check_number, check_ratio, check_weights
+from netwright.compress._rounded import is_rounded
+from netwright.compress._settings import (
+    check_choice,
+    check_count,
+    check_number,
+    check_ratio,
+    check_weights,
+    checked_paths,
+)
 from netwright.compress._tensor_decomposition import Objective, compose, corrected, cp_als, tucker2
 from netwright.core.errors import NothingToPruneError, TransformError
 from netwright.core.task import Task
@@ -20,6 +28,8 @@ from netwright.core.transform import Progress
 __all__ = ["StableCP"]
 
 Decomposition = Literal["stable", "als", "tucker", "svd"]
+
+_FIRST = ": its weights are rounded or held in codebooks already. Take this step before that one."
 
 
 @dataclass(frozen=True)
@@ -101,9 +111,7 @@ class StableCP:
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.exclude, str):
-            raise TransformError(f"StableCP.exclude must be a sequence of paths; write ({self.exclude!r},).")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "exclude", checked_paths(self, "exclude", self.exclude))
         check_ratio(self, "ratio", self.ratio, what="removes half of the operations of each convolution")
         check_choice(self, "decomposition", self.decomposition, get_args(Decomposition))
         check_choice(self, "objective", self.objective, get_args(Objective))
@@ -141,7 +149,7 @@ class StableCP:
             raise NothingToPruneError(
                 f"{type(model).__name__} has no ungrouped convolution with a kernel of more than one position"
                 + (f" outside exclude={list(self.exclude)!r}" if self.exclude else "")
-                + ". Leave this step out."
+                + (_FIRST if is_rounded(model) else ". Leave this step out.")
             )
         ranks = {layer.name: self._ranks(layer) for layer in layers}
         chosen = [layer for layer in layers if min(ranks[layer.name]) > 0]

@@ -200,7 +200,8 @@ class StableKD:
             )
         check_number(self, "feature_weight", self.feature_weight)
         if self.at is not None:
-            pairs = tuple(tuple(pair) if isinstance(pair, tuple | list) else (pair,) for pair in self.at)
+            given = self.at if isinstance(self.at, tuple | list) else (self.at,)
+            pairs = tuple(tuple(pair) if isinstance(pair, tuple | list) else (pair,) for pair in given)
             if not pairs or not all(len(pair) == 2 and all(isinstance(name, str) for name in pair) for pair in pairs):
                 raise TransformError(
                     f"StableKD.at must be pairs of module names (of the teacher, of the student), got {self.at!r}."

@@ -10,14 +10,24 @@ from torch import Tensor, nn
 
 from netwright.compress._groups import chosen_groups
 from netwright.compress._saliency import saliency_magnitude
-from netwright.compress._settings import check_choice, check_count, check_flag, check_number, check_ratio, check_weights
-from netwright.compress._sparse_recipe_masks import checked_names, shared_epochs
+from netwright.compress._settings import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_ratio,
+    check_weights,
+    checked_paths,
+)
+from netwright.compress._sparse_recipe_masks import shared_epochs
 from netwright.compress._trainable_gate_hook import GateTraining, gated_places
-from netwright.compress._trainable_gate_macs import MacModel, closed_units
+from netwright.compress._trainable_gate_macs import MacModel, Units, closed_units, opened
 from netwright.compress._training import train
+from netwright.core.data import Inputs
 from netwright.core.errors import TransformError
 from netwright.core.graph import Graph, export_model, trace
 from netwright.core.graph.macs import total_macs
+from netwright.core.randomness import isolated
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -25,7 +35,8 @@ from netwright.core.transform import Progress
 __all__ = ["TrainableGate"]
 
 Shape = Literal["constant", "sigmoid"]
-_ATTEMPTS = 20
+_ATTEMPTS = 24
+_EXACT, _CLOSE = 1e-9, 0.003
 
 
 @dataclass(frozen=True)
@@ -68,9 +79,9 @@ class TrainableGate:
             and more, and 1 in smaller ones, as attention heads are.
 
     Raises:
-        TransformError: a setting outside its range; on a call, a budget that one unit in each group exceeds, a name
-            in ``exclude`` that no group has, weights that are not finite, a task without a loss, or one that trains by
-            its own ``fit``.
+        TransformError: a setting outside its range; on a call, a budget that one unit in each group (with ``round_to``,
+            one block) exceeds, a name in ``exclude`` that no group has, weights that are not finite, or, to be trained,
+            a task without a loss or one that trains by its own ``fit``.
         NothingToPruneError: on a call, no group is left to gate.
         TraceError: on a call, a model that cannot be traced.
 
@@ -97,7 +108,9 @@ class TrainableGate:
         parameterization of the recipe.
 
     Cost: the training that ``budget`` allows (None: the recipe's epochs), of which ``search`` runs at full size with
-        two passes over the weights more in each step; one trace, and two passes of two items for each group.
+        two passes over the weights more in each step; one trace, and two passes of two items for each group. Smaller
+        models are made and traced once or up to three times before, to see whether the budget can be met, and once
+        after the search, or a few times where an operation's cost cannot be told from its weights.
     """
 
     trains: ClassVar[bool] = True
@@ -113,7 +126,7 @@ class TrainableGate:
     round_to: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "exclude", checked_names(self, self.exclude))
+        object.__setattr__(self, "exclude", checked_paths(self, "exclude", self.exclude))
         check_ratio(self, "macs", self.macs, what="leaves half of the multiply-accumulates")
         check_ratio(self, "search", self.search, what="learns gates for half of the training")
         check_number(self, "strength", self.strength, above=True)
@@ -145,15 +158,17 @@ class TrainableGate:
         check_weights(self, model)
         report = progress or (lambda fraction, what: None)
         report(0.0, "tracing")
-        graph = trace(model, task.example())
+        with isolated(seed):
+            inputs = task.example()
+        graph = trace(model, inputs)
         groups = chosen_groups(self, graph, self.exclude, self.inexact, "gate")
         macs = MacModel(graph, groups)
         result = deepcopy(model)
         values = {group.name: _start(saliency_magnitude(model, group).cpu()) for group in groups}
-        blocks = self._blocks(macs, values)  # an error where the budget cannot be met, before anything is trained
+        blocks = self._blocks(graph, result, macs, values, inputs)  # an error before anything is trained
         total = (task.recipe or Recipe()).epochs if budget is None else budget
         search, rest = shared_epochs(task, total, [self.search, 1.0 - self.search])
-        places = gated_places(graph, model, groups, task.example()) if search > 0 else {}
+        places = gated_places(graph, model, groups, inputs) if search > 0 else {}
         hook = GateTraining(
             result,
             places,
@@ -179,7 +194,7 @@ class TrainableGate:
         )
         hook.finish()
         report(0.56, "cutting closed units out")
-        smaller = self._cut(graph, result, macs, values, blocks, task)
+        smaller = self._cut(graph, result, macs, values, blocks, inputs)
         report(0.6, "training what is left")
         train(
             self,
@@ -193,18 +208,30 @@ class TrainableGate:
         report(1.0, f"met {self.macs:.3g} of the multiply-accumulates")
         return smaller.eval()
 
-    def _blocks(self, macs: MacModel, values: dict[str, Tensor]) -> dict[str, int]:
-        """Units of each group that go together; by default fewer where the budget is too small for full blocks."""
+    def _blocks(
+        self, graph: Graph, model: nn.Module, macs: MacModel, values: dict[str, Tensor], inputs: Inputs
+    ) -> dict[str, int]:
+        """Units of each group that go together; by default fewer where the budget is too small for full blocks.
+
+        The least that can be left is counted on that model itself, and ``macs`` is calibrated to it.
+
+        Raises:
+            TransformError: it is more than the budget.
+        """
         for most in (8, 4, 1):
             blocks = {name: self.round_to or min(most, _block(len(value))) for name, value in values.items()}
-            try:
-                closed_units(macs, values, self.macs, blocks)
-            except TransformError:
-                if self.round_to is not None or most == 1:
-                    raise
-            else:
+            units = closed_units(macs, values, 0.0, blocks)
+            least = _share(graph.shrink(model, units), inputs, macs.total)
+            if least <= self.macs:
+                macs.calibrate(opened(values, units), least)
+                return blocks
+            if max(blocks.values()) == 1 or self.round_to is not None:
                 break
-        return blocks
+        what = "block" if max(blocks.values()) > 1 else "unit"
+        raise TransformError(
+            f"TrainableGate.macs={self.macs:g} is out of reach: with one {what} left in every group {least:.4f} of the "
+            "multiply-accumulates remain. Raise macs."
+        )
 
     def _cut(
         self,
@@ -213,33 +240,34 @@ class TrainableGate:
         macs: MacModel,
         values: dict[str, Tensor],
         blocks: dict[str, int],
-        task: Task,
+        inputs: Inputs,
     ) -> nn.Module:
-        """The smaller model, within the budget as counted on itself; what a cautious count left over is spent."""
-        target, found = self.macs, None
+        """The smaller model, within the budget as counted on itself.
+
+        Where ``macs`` is not exact, the target given to it is sought between ``low``, which meets the budget, and
+        ``high``, which does not.
+        """
+        target, low, high, excess = self.macs, 0.0, 1.0, 0.0
+        fits, exceeds, found = closed_units(macs, values, low, blocks), Units(), None
         for _ in range(_ATTEMPTS):
             units = closed_units(macs, values, target, blocks)
-            smaller = graph.shrink(model, units).eval()
-            share = total_macs(export_model(smaller, task.example())) / macs.total
-            if share > self.macs:
-                if found is not None:
-                    return found
-                target -= share - self.macs
-                continue
-            found, spare = smaller, self.macs + _counted(macs, values, units) - share
-            if spare <= target + 1e-9:
-                return found
-            target = spare
-        if found is None:
-            raise TransformError(f"TrainableGate.macs={self.macs:g} could not be met; {share:.4f} is what came of it.")
-        return found
+            if units not in (fits, exceeds):
+                smaller = graph.shrink(model, units)
+                share = _share(smaller, inputs, macs.total)
+                excess = macs.share(opened(values, units)).item() - share  # of the count over what is true
+                if share > self.macs:
+                    exceeds = units
+                else:
+                    fits, found = units, smaller
+                    if self.macs - share < _CLOSE or (target == self.macs and abs(excess) < _EXACT):
+                        break
+            low, high = (target, high) if units == fits else (low, target)
+            target = self.macs + excess if low < self.macs + excess < high else (low + high) / 2
+        return (graph.shrink(model, fits) if found is None else found).eval()
 
 
-def _counted(macs: MacModel, values: dict[str, Tensor], units: dict[str, list[int]]) -> float:
-    gates = {name: torch.ones_like(value) for name, value in values.items()}
-    for name, closed in units.items():
-        gates[name][closed] = 0.0
-    return macs.share(gates).item()
+def _share(model: nn.Module, inputs: Inputs, total: float) -> float:
+    return total_macs(export_model(model, inputs)) / total
 
 
 def _block(size: int) -> int:

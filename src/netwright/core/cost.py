@@ -224,6 +224,8 @@ def with_batch(inputs: Inputs, batch: int) -> Inputs:
 def _resized(value: Any, batch: int) -> Any:
     if isinstance(value, Tensor):
         return value[torch.arange(batch) % value.shape[0]] if value.ndim else value
+    if isinstance(value, Mapping):
+        return {key: _resized(item, batch) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return tuple(_resized(item, batch) for item in value)
     return value

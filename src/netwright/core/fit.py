@@ -17,6 +17,7 @@ from netwright.core.randomness import isolated
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
 from netwright.core.transform import Progress
+from netwright.core.zeros import Zeros
 
 __all__ = ["Callback", "FitResult", "Record", "StepHook", "fit"]
 
@@ -57,7 +58,8 @@ def fit(
 
     Args:
         model: any module; it stays on its device, and ends in eval mode.
-        task: data, loss and score. Its own ``fit`` is called where it has one, with the recipe's epochs as budget.
+        task: data, loss and score. Its own ``fit`` is called where it has one, with the recipe's epochs as budget;
+            what ``keep_zeros`` holds is zero again when it returns.
         recipe: how to train; None is the task's recipe, or ``Recipe()``.
         seed: source of the shuffle and of every draw from the global generators (dropout, augmentation).
         teacher: a module whose outputs are to be matched, or its outputs on all training items in their order.
@@ -78,6 +80,7 @@ def fit(
         NonFiniteLossError: a loss that is NaN or infinite.
         TaskError: a loss that raises, is not a scalar or does not depend on the model.
         RecipeError: settings that the optimizer or the schedule refuses; a hook where none can be called.
+        TransformError: zeros to hold, and a task whose own ``fit`` returns a network of other shapes.
         CorruptRunError: a checkpoint that is truncated or damaged.
         RunDirectoryError: a checkpoint of another training, or one that cannot be written.
 
@@ -122,10 +125,13 @@ def _own_fit(
     if isinstance(teacher, Tensor):
         raise TaskError(f"Task {task.name!r} trains by its own fit=, which takes a module as teacher, not its outputs.")
     start = time.monotonic()
+    zeros = Zeros(model) if recipe is not None and recipe.keep_zeros else None
     found = task.fit(model, budget=None if recipe is None else recipe.epochs, seed=seed, teacher=teacher)
     trained = model if found is None else found
     if not isinstance(trained, nn.Module):
         raise TaskError(f"Task {task.name!r}: fit must return an nn.Module or None, got {type(trained).__name__}.")
+    if zeros is not None:
+        zeros.put_into(trained)
     trained.eval()
     score = evaluate(trained, task, "val") if validate else None
     seconds = time.monotonic() - start

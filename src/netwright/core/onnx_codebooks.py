@@ -17,9 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from netwright.core.errors import ArtifactError
 from netwright.core.fake_quantize import DOMAIN
 
-__all__ = ["Codebooks", "compute_lookups", "find_codebooks", "store_codebooks"]
+__all__ = ["Codebooks", "compute_integers", "compute_lookups", "find_codebooks", "store_codebooks"]
 
 _SMALLEST = 512  # elements; smaller tensors are not worth the operators
 _WORTH = 0.75  # of the dense bytes, at most
@@ -102,22 +103,47 @@ def compute_lookups(proto: Any) -> None:
     Args:
         proto: an ONNX model.
     """
-    graph = proto.graph
-    known = {item.name for item in graph.initializer}
+    constant, _ = _divided(proto.graph)
     looked_up: set[str] = set()
+    for node in constant:
+        if node.op_type in _LOOKUPS or looked_up.intersection(node.input):
+            looked_up.update(node.output)
+    _compute(proto, looked_up)
+
+
+def compute_integers(proto: Any) -> None:
+    """Replace integers that are put together before a ``DequantizeLinear`` reads them by their values, in place.
+
+    So narrow and sparse integers are whole initializers again.
+
+    Args:
+        proto: an ONNX model.
+    """
+    _compute(proto, {node.input[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"})
+
+
+def _divided(graph: Any) -> tuple[list[Any], list[Any]]:
+    """Nodes that depend on no input, and the others; those that integers are stored for are others."""
+    known = {item.name for item in graph.initializer}
     constant, rest = [], []
     for node in graph.node:
         inner = any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
         fixed = node.input and not inner and node.op_type not in _KEPT and node.domain != DOMAIN
-        if not fixed or not all(name in known for name in node.input if name):
+        if fixed and all(name in known for name in node.input if name):
+            constant.append(node)
+            known.update(node.output)
+        else:
             rest.append(node)
-            continue
-        constant.append(node)
-        known.update(node.output)
-        if node.op_type in _LOOKUPS or looked_up.intersection(node.input):
-            looked_up.update(node.output)
+    return constant, rest
+
+
+def _compute(proto: Any, those: set[str]) -> None:
+    """Replace those tensors that depend on no input, and that anything else reads, by their values, in place."""
+    graph = proto.graph
+    constant, rest = _divided(graph)
+    made = {name for node in constant for name in node.output}
     read = {name for node in rest for name in _reads(node)} | {value.name for value in graph.output}
-    wanted = sorted(looked_up & read)
+    wanted = sorted(those & made & read)
     if not wanted:
         return
     for name, value in zip(wanted, _evaluated(proto, constant, wanted), strict=True):
@@ -126,7 +152,7 @@ def compute_lookups(proto: Any) -> None:
     for node in reversed(constant):
         if needed.intersection(node.output):
             needed.update(node.input)
-    kept = [node for node in graph.node if needed.intersection(node.output) or not known.issuperset(node.output)]
+    kept = [node for node in graph.node if needed.intersection(node.output) or not made.issuperset(node.output)]
     del graph.node[:]
     graph.node.extend(kept)
 
@@ -165,8 +191,15 @@ def _evaluated(proto: Any, nodes: list[Any], wanted: list[str]) -> list[NDArray[
     model = helper.make_model(graph, opset_imports=list(proto.opset_import), ir_version=proto.ir_version)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return [np.asarray(value) for value in session.run(None, {})]
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return [np.asarray(value) for value in session.run(None, {})]
+    except Exception as error:  # the runtime's own exceptions have no common base
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtifactError(
+            f"Weights that are looked up in a table cannot be computed: {reason[:300]} Convert the model to float32 or "
+            "float16 first: model.float()."
+        ) from error
 
 
 def _reads(node: Any) -> list[str]:

@@ -20,7 +20,7 @@ from netwright.core import fake_quantize, onnx_codebooks, onnx_narrow, onnx_quan
 from netwright.core.data import Inputs
 from netwright.core.errors import ArtifactError
 from netwright.core.files import atomic_write
-from netwright.core.graph.export import export_model
+from netwright.core.graph.export import ARGUMENT, export_model
 
 __all__ = ["OUTPUTS_KEY", "export_onnx", "input_names", "output_names"]
 
@@ -46,8 +46,8 @@ def export_onnx(model: nn.Module | ExportedProgram, inputs: Inputs, path: str | 
     :mod:`netwright.core.onnx_codebooks` and :mod:`netwright.core.onnx_sparse`.
 
     Inputs are named after the arguments of ``forward`` (or the keys of ``inputs``); the outputs ``output``,
-    ``output_0``, ``output_1``, ... or the keys of the dict that the model returns. Where it returns None beside
-    them, the file's metadata says so.
+    ``output_0``, ``output_1``, ... or the keys of the dict that is returned, with ``_out`` behind where an input has
+    that name. Where it returns None beside them, the file's metadata says so.
 
     Args:
         model: any module that ``torch.export`` traces, or its trace by
@@ -91,12 +91,10 @@ def export_onnx(model: nn.Module | ExportedProgram, inputs: Inputs, path: str | 
 
 
 def input_names(program: ExportedProgram) -> list[str]:
-    """Names of the tensors that a traced model takes, in order: the keys of those that are given by name.
-
-    The names in the trace itself are in lower case, and those of tensors in nested inputs are joined by underscores.
-    """
+    """Names of the tensors that a traced model takes, in order; in lower case, joined by underscores, where nested."""
     given = [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
-    names = [str(arg.name) for arg in given]
+    noted = {node.name: node.meta.get(ARGUMENT, node.name) for node in program.graph.nodes if node.op == "placeholder"}
+    names = [str(noted.get(arg.name, arg.name)) for arg in given]
     spec = program.call_spec.in_spec
     if spec is not None:
         _, kwargs = pytree.tree_unflatten(list(range(len(given))), spec)
@@ -114,8 +112,9 @@ def output_names(program: ExportedProgram) -> tuple[list[str], str]:
     """
     given = [spec.arg for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
     spec = program.call_spec.out_spec
+    inputs = input_names(program)
     if spec is None or spec.is_leaf():
-        return ["output"], "tensor"
+        return _beside(inputs, ["output"]), "tensor"
     constants = {position: arg.value for position, arg in enumerate(given) if isinstance(arg, ConstantArgument)}
     other = [value for value in constants.values() if value is not None]
     if other:
@@ -124,12 +123,21 @@ def output_names(program: ExportedProgram) -> tuple[list[str], str]:
     keys, form = None, "tuple"
     names = [f"output_{position}" for position in range(len(given))]
     if isinstance(sample, Mapping) and all(isinstance(value, int) for value in sample.values()):
-        keys = [str(key) for key in sample]
-        taken = set(input_names(program))
-        names, form = [f"{key}_out" if key in taken else key for key in keys], json.dumps(keys)
+        names = keys = [str(key) for key in sample]
+        form = json.dumps(keys)
+    names = _beside(inputs, names)
     if constants:
         form = json.dumps({"keys": keys, "none": list(constants)})
     return [name for position, name in enumerate(names) if position not in constants], form
+
+
+def _beside(inputs: list[str], outputs: list[str]) -> list[str]:
+    """Names of outputs, with ``_out`` behind those that would stand for two things."""
+    names = list(outputs)
+    for position, name in enumerate(outputs):
+        while names[position] in (*inputs, *names[:position]) or names[position] in set(outputs) - {name}:
+            names[position] += "_out"
+    return names
 
 
 def _weight_sizes(proto: Any) -> list[int]:

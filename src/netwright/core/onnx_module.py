@@ -1,6 +1,7 @@
 """An ONNX file that is called like the model it came from."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,16 @@ def open_session(path: str | Path, threads: int = 1) -> onnxruntime.InferenceSes
 def feed(session: onnxruntime.InferenceSession, inputs: Inputs) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays that ``session.run`` takes, by input name: positional ones in order, named ones by name.
 
+    A nested input that is given by name is spread over the file's inputs of its parts: ``state={"a": x}`` is
+    ``state_a``.
+
     Raises:
         ArtifactError: fewer or more tensors than the file has inputs, or an unknown name.
     """
     args, kwargs = arguments(inputs)
     wanted = {entry.name: entry.type for entry in session.get_inputs()}
     tensors = [value for value in pytree.tree_leaves(args) if isinstance(value, Tensor)]
-    named = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
+    named = _spread(kwargs)
     unknown = [key for key in named if key not in wanted]
     found = dict(zip([name for name in wanted if name not in named], tensors, strict=False)) | named
     if unknown or len(found) != len(wanted) or len(tensors) + len(named) != len(wanted):
@@ -68,6 +72,19 @@ def feed(session: onnxruntime.InferenceSession, inputs: Inputs) -> dict[str, np.
             f"{sorted(named)} by name."
         )
     return {name: _array(found[name], kind) for name, kind in wanted.items()}
+
+
+def _spread(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors by the names that the trace gives them, where they are nested: their path in lower case."""
+    found: dict[str, Tensor] = {}
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor):
+            found[key] = value
+        elif isinstance(value, Mapping | tuple | list):
+            parts = value if isinstance(value, Mapping) else dict(enumerate(value))
+            inner = _spread({f"{key}_{name}": part for name, part in parts.items()})
+            found |= {re.sub("[^a-zA-Z0-9]", "_", name).lower(): part for name, part in inner.items()}
+    return found
 
 
 def _array(value: Tensor, kind: str) -> np.ndarray[Any, Any]:
@@ -131,5 +148,6 @@ class OnnxModule(nn.Module):
 def _one(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[str]) -> Inputs:
     if not kwargs:
         return args
+    named = _spread(kwargs)
     tensors = [value for value in pytree.tree_leaves(args) if isinstance(value, Tensor)]
-    return dict(zip([name for name in names if name not in kwargs], tensors, strict=False)) | dict(kwargs)
+    return dict(zip([name for name in names if name not in named], tensors, strict=False)) | named

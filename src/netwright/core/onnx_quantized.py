@@ -3,7 +3,8 @@
 A fake-quantize of a weight becomes an integer initializer and a ``DequantizeLinear``; one of an activation a
 ``QuantizeLinear`` and a ``DequantizeLinear``, with a ``Clip`` of the integers between them where they are not all of
 8 bits and the activation is not clipped to theirs already; the bias of a layer whose input and weight are quantized
-becomes a 32-bit integer in units of the product of their scales.
+becomes a 32-bit integer in units of the product of their scales. Scales are 32-bit floats; a model of another type is
+cast to them around its fake-quantizes.
 """
 
 from dataclasses import dataclass
@@ -106,8 +107,10 @@ class _Rewriter:
                 f"The model rounds to integers from {grid.low} to {grid.high}; an ONNX file holds -128 to 127 or 0 to "
                 "255. Quantize to one of these ranges or a part of it."
             )
-        if source in self.weights:
-            self._weight(self._value(source), grid, node.output[0])
+        maker = self.makers.get(source)
+        stored = maker.input[0] if maker is not None and maker.op_type == "Cast" else source
+        if stored in self.weights:  # as it is, or made 32-bit floats
+            self._weight(self._value(stored).astype(np.float32), grid, node.output[0])
             return
         middle = f"{node.output[0]}:integers"
         places = self._places(grid)

@@ -64,7 +64,8 @@ def is_transform(value: object) -> bool:
 class Chain:
     """Several transforms, one after the other; itself a transform.
 
-    The budget is shared out equally, and step ``k`` draws its randomness from ``seed + k``.
+    The budget is shared out equally among the steps that say ``trains = True``, and the others train nothing; among all
+    where none says so. Step ``k`` draws its randomness from ``seed + k``.
 
     Args:
         steps: the transforms in order.
@@ -83,6 +84,11 @@ class Chain:
             if not is_transform(step):
                 raise TransformError(f"A Chain's steps must be transforms, got {type(step).__name__}.")
 
+    @property
+    def trains(self) -> bool:
+        """Whether a step trains by itself."""
+        return any(_trains(step) for step in self.steps)
+
     def __call__(
         self,
         model: nn.Module,
@@ -94,10 +100,15 @@ class Chain:
     ) -> nn.Module:
         """Apply every step in turn."""
         count = len(self.steps)
-        share = None if budget is None else budget / count
+        training = [_trains(step) or not self.trains for step in self.steps]
         for position, step in enumerate(self.steps):
+            share = None if budget is None else training[position] * budget / sum(training)
             model = step(model, task, budget=share, seed=seed + position, progress=_scaled(progress, position, count))
         return model
+
+
+def _trains(step: Transform) -> bool:
+    return bool(getattr(step, "trains", False))
 
 
 def _scaled(progress: Progress | None, position: int, count: int) -> Progress | None:

@@ -1,6 +1,8 @@
 """Whether two modules compute the same function, asked with examples."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import sqrt
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from netwright.core.data import Inputs, beside
 from netwright.core.graph.export import arguments
 from netwright.core.graph.inference import inference
 
-__all__ = ["batch_of", "difference", "example", "first_parameter", "like", "outputs"]
+__all__ = ["batch_of", "difference", "example", "first_parameter", "like", "outputs", "same_function"]
 
 
 def example(inputs: Inputs) -> Inputs:
@@ -50,15 +52,56 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
         return list(_leaves(model(*args, **kwargs)))
 
 
-def difference(a: nn.Module, b: nn.Module, inputs: Inputs, tolerance: float) -> str:
+def same_function(a: nn.Module, b: nn.Module, inputs: Inputs, tolerance: float) -> bool:
+    """Whether two modules that share their parameters compute the same, whatever the values of these are.
+
+    They are asked twice: with their own values, and with random ones. An output layer of zeros, or a branch that is
+    scaled to next to nothing, would hide what is different behind it.
+
+    Args:
+        a: the reference.
+        b: the module in question; its parameters are the same tensors as those of ``a``, and as they were afterwards.
+        inputs: an example batch.
+        tolerance: how far outputs may differ, as in :func:`difference`; with random values relative to the largest
+            output, however small.
+    """
+    if difference(a, b, inputs, tolerance):
+        return False
+    with _random_parameters(b):
+        return not difference(a, b, inputs, tolerance, least=torch.finfo(torch.float32).tiny)
+
+
+@contextmanager
+def _random_parameters(model: nn.Module) -> Iterator[None]:
+    """Others for the time being: matrices that keep the scale of what they multiply, vectors about one."""
+    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    own = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        try:
+            for number, parameter in enumerate(parameters):
+                generator = torch.Generator(parameter.device).manual_seed(number)
+                drawn = torch.rand(parameter.shape, generator=generator, device=parameter.device)
+                if parameter.ndim > 1:
+                    drawn = (2 * drawn - 1) * sqrt(3 * parameter.shape[0] / max(1, parameter.numel()))
+                else:
+                    drawn += 0.5
+                parameter.copy_(drawn)
+            yield
+        finally:
+            for parameter, values in zip(parameters, own, strict=True):
+                parameter.copy_(values)
+
+
+def difference(a: nn.Module, b: nn.Module, inputs: Inputs, tolerance: float, least: float = 1.0) -> str:
     """Why two modules do not compute the same on batches of two and three; "" if they do.
 
     Args:
         a: the reference.
         b: the module in question.
         inputs: an example batch.
-        tolerance: how far outputs may differ, relative to the largest output where that is above one; at least 64
-            rounding errors of their type.
+        tolerance: how far outputs may differ, relative to the largest output where that is above ``least``; at
+            least 64 rounding errors of their type.
+        least: the smallest output that differences are relative to.
     """
     for count in (2, 3):
         batch = batch_of(inputs, count)
@@ -69,22 +112,22 @@ def difference(a: nn.Module, b: nn.Module, inputs: Inputs, tolerance: float) -> 
         if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
             return "its outputs have other shapes"
         for left, right in zip(expected, found, strict=True):
-            distance = _error(left, right)
+            distance = _error(left, right, least)
             rounding = torch.finfo(left.dtype).eps if left.is_floating_point() else 0.0
             if not distance <= max(tolerance, 64 * rounding):
                 return f"its outputs differ by {distance:.1e}"
     return ""
 
 
-def _error(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest entry of ``a`` where that is above one; inf where b is not."""
+def _error(a: Tensor, b: Tensor, least: float) -> float:
+    """The largest difference, relative to the largest entry of ``a`` or to ``least``; inf where b is not finite."""
     a, b = a.double(), b.double()
     finite = torch.isfinite(a)
     if not a.numel() or not finite.any():
         return 0.0
     if not torch.isfinite(b[finite]).all():
         return float("inf")
-    return float((a - b)[finite].abs().max() / a[finite].abs().max().clamp(min=1))
+    return float((a - b)[finite].abs().max() / a[finite].abs().max().clamp(min=least))
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -8,14 +8,15 @@ __all__ = ["LEAVES", "fit_attributes", "knows_its_sizes", "submodule"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_CHANNEL_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 
 LEAVES: tuple[type[nn.Module], ...] = (
     *_CONVOLUTIONS,
     *_TRANSPOSED,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
+    *_CHANNEL_NORMS,
     nn.Linear,
     nn.LayerNorm,
     nn.GroupNorm,
@@ -29,8 +30,8 @@ def fit_attributes(model: nn.Module, literals: Mapping[str, Mapping[str, object]
 
     Args:
         model: changed in place.
-        literals: for module names the arguments that their operation now has (``groups``, ``num_groups``,
-            ``normalized_shape``).
+        literals: for module names the lengths that their operation now has (``groups``, ``num_groups``,
+            ``normalized_shape``, ``num_features``).
     """
     for name, module in model.named_modules():
         own = literals.get(name, {})
@@ -42,10 +43,10 @@ def fit_attributes(model: nn.Module, literals: Mapping[str, Mapping[str, object]
             module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
         elif isinstance(module, nn.Linear) and isinstance(weight, Tensor):
             module.out_features, module.in_features = weight.shape
-        elif isinstance(module, _BATCH_NORMS):
+        elif isinstance(module, _CHANNEL_NORMS):
             sized = weight if isinstance(weight, Tensor) else module.running_mean
-            if isinstance(sized, Tensor):
-                module.num_features = sized.shape[0]
+            known = sized.shape[0] if isinstance(sized, Tensor) else own.get("num_features")
+            module.num_features = _int(known, module.num_features)
         elif isinstance(module, nn.Embedding) and isinstance(weight, Tensor):
             module.num_embeddings, module.embedding_dim = weight.shape
         elif isinstance(module, nn.GroupNorm):

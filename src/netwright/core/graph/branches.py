@@ -82,8 +82,11 @@ def find_branches(module: fx.GraphModule) -> list[Branch]:
     """The branches in the order of their sums.
 
     A sum of two tensors of its own shape has one where both sides come from the same activation, and where one side has
-    parameters of its own and is read by the sum alone. Of two such sides the one with more operations is the branch and
-    the other the skip. Names are unique: a branch that begins where another one does is named by its last module too.
+    parameters of its own. A side's own is what nothing else reads, directly or further on: a normalization in front of
+    two branches belongs to neither. A side that the common activation reaches without passing a parameter or a product
+    is the skip: the stream after an earlier branch, for example. Of two other sides the one with more operations is
+    the branch and the other the skip. Names are unique: a branch that begins where another one does is named by its
+    last module too.
     """
     found: list[Branch] = []
     before = _ancestors(module.graph)
@@ -92,13 +95,15 @@ def find_branches(module: fx.GraphModule) -> list[Branch]:
         if _operation(node) not in _SUMS or node.kwargs or not _same_shapes(node):
             continue
         left, right = (before[each] | {each: None} for each in node.args[:2])
-        if left == right or not any(map(_is_activation, left.keys() & right.keys())):
+        common = {each for each in left.keys() & right.keys() if _is_activation(each)}
+        if left == right or not common:
             continue
-        sides = [
-            ([each for each in own if each not in other], skip)
-            for own, other, skip in ((left, right, 1), (right, left, 0))
+        sides = [(_own(all_of, other, node), skip) for all_of, other, skip in ((left, right, 1), (right, left, 0))]
+        able = [
+            (own, skip)
+            for own, skip in sides
+            if _owners(own, weights) and not _carried(node.args[1 - skip], common, weights)
         ]
-        able = [(own, skip) for own, skip in sides if _owners(own, weights) and _alone(own, node)]
         if able:
             own, skip = max(able, key=lambda side: sum(each.op == "call_function" for each in side[0]))
             owners = _owners(own, weights)
@@ -149,10 +154,39 @@ def _owners(nodes: Iterable[fx.Node], weights: Collection[str]) -> list[str]:
     return list(dict.fromkeys(str(each.target).rpartition(".")[0] for each in read if each.target in weights))
 
 
-def _alone(own: Iterable[fx.Node], end: fx.Node) -> bool:
-    """Whether nothing but the sum reads the tensors that a side computes; weights and lengths may be shared."""
-    computed = {node for node in own if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)}
-    return all(user in computed or user is end for node in computed for user in node.users)
+def _own(nodes: Iterable[fx.Node], other: Collection[fx.Node], end: fx.Node) -> list[fx.Node]:
+    """What of a side neither the other side nor anything outside reads; weights and lengths may be shared.
+
+    Args:
+        nodes: the side, in the order of the graph.
+        other: the other side.
+        end: the sum.
+    """
+    own: dict[fx.Node, None] = {}
+    for node in reversed([each for each in nodes if each not in other]):
+        computed = node.op == "call_function" and isinstance(node.meta.get("val"), Tensor | tuple | list)
+        if not computed or all(user in own or user is end for user in node.users):
+            own[node] = None
+    return list(reversed(own))
+
+
+def _carried(end: object, common: Collection[fx.Node], weights: Collection[str]) -> bool:
+    """Whether something common reaches ``end`` through sums and operations on it alone."""
+    waiting, seen = [end], set()
+    while waiting:
+        node = waiting.pop()
+        if node in common:
+            return True
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        inputs = node.all_input_nodes
+        if any(each.target in weights for each in inputs):
+            continue
+        activations = [each for each in inputs if _is_activation(each)]
+        if len(activations) == 1 or _operation(node) in _SUMS:
+            waiting.extend(activations)
+    return False
 
 
 def _operation(node: object) -> str:

@@ -118,8 +118,12 @@ class Call:
         return atoms
 
     def axis(self, atoms: IntArray) -> Axis:
-        """The axis whose entries have these atoms."""
-        return () if atoms.size == 1 else (Factor(atoms.size, atoms),)
+        """The axis whose entries have these atoms; a single one stays, for a dimension of length one has no atoms."""
+        whole = (Factor(atoms.size, atoms),)
+        if atoms.size == 1:
+            self.freeze(whole, "it becomes a dimension of length one")
+            return ()
+        return whole
 
     def choose(self, elements: IntArray, factors: Sequence[Axis], prefer: int = 0) -> None:
         """``elements`` are a product of ``factors``; only one of these can lose entries, best the one preferred."""

@@ -1,21 +1,27 @@
 """The one trace that pruning, costs and export share."""
 
 import contextlib
+import functools
 import inspect
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 
 from netwright.core.data import Inputs, beside
 from netwright.core.errors import TraceError
 from netwright.core.graph.inference import inference
 
-__all__ = ["arguments", "export_model"]
+__all__ = ["ARGUMENT", "arguments", "export_model"]
+
+ARGUMENT = "netwright.argument"
+"""In the meta of a traced input that is given by position: the name of the argument, in its own letters."""
 
 
 def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -42,10 +48,12 @@ def export_model(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     inputs = beside(_at_least_two(inputs), model)
     args, kwargs = arguments(inputs)
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        shapes = {name: _dynamic_batch(value) for name, value in bound.items()}
-        with inference(model), _quiet():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        with inference(model), _keywords_spelled_out(model, kwargs), _quiet():
+            signature = inspect.signature(model.forward)
+            shapes = {name: _dynamic_batch(value) for name, value in signature.bind(*args, **kwargs).arguments.items()}
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        _note_arguments(program, signature)
+        return program
     except Exception as error:  # torch.export raises dozens of types; whichever it is, the user needs its reason
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
         raise TraceError(
@@ -60,6 +68,47 @@ def _quiet() -> Iterator[None]:
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _keywords_spelled_out(model: nn.Module, given: Collection[str]) -> Iterator[None]:
+    """``forward(..., **more)`` with an argument of its own for each keyword given, which torch.export asks for."""
+    signature = inspect.signature(model.forward)
+    named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    more = [name for name in given if name not in signature.parameters]
+    if len(named) == len(signature.parameters) or not more:
+        yield
+        return
+    forward, own = model.forward, vars(model).get("forward")
+
+    @functools.wraps(forward)
+    def spelled_out(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in more]
+    vars(spelled_out)["__signature__"] = signature.replace(parameters=[*named, *keywords])
+    vars(model)["forward"] = spelled_out
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
+        if own is not None:
+            vars(model)["forward"] = own
+
+
+def _note_arguments(program: ExportedProgram, signature: inspect.Signature) -> None:
+    """Write the names of arguments that are single tensors where those of the trace are in lower case."""
+    given = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    spec = program.call_spec.in_spec
+    if spec is None:
+        return
+    args, _ = pytree.tree_unflatten(given, spec)
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    for parameter, name in zip(signature.parameters.values(), args, strict=False):
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            break
+        if isinstance(name, str) and name in nodes:
+            nodes[name].meta[ARGUMENT] = parameter.name
 
 
 def _dynamic_batch(value: Any) -> Any:

@@ -20,8 +20,9 @@ def count_macs(program: ExportedProgram, batch: int = 1) -> dict[str, int]:
     """Multiply-accumulates of one call, by the module in which they happen.
 
     Products of sums are what is counted: convolutions (grouped and transposed ones too), linear layers, every form of
-    matrix product, einsum, attention, recurrent layers. Element-wise operations, normalizations, pooling and
-    look-ups in tables count nothing, by custom. One multiply-accumulate is two floating-point operations.
+    matrix product, einsum, bilinear forms, attention, recurrent layers and cells. Element-wise operations,
+    normalizations, pooling and look-ups in tables count nothing, by custom. One multiply-accumulate is two
+    floating-point operations.
 
     Args:
         program: a trace made by :func:`netwright.core.graph.export.export_model`.
@@ -154,6 +155,12 @@ def _inner(position: int) -> Callable[[fx.Node, int], int]:
     return lambda node, batch: prod(_shape(node, batch)) * _shape(node.args[position], batch)[-1]
 
 
+def _last_with_last(node: fx.Node, batch: int) -> int:
+    """``inner``: each output element is an inner product over the last dimensions, unless one is a single number."""
+    shapes = [_shape(argument, batch) for argument in node.args[:2]]
+    return prod(_shape(node, batch)) * shapes[0][-1] if all(shapes) else 0
+
+
 def _summed_inner(node: fx.Node, batch: int) -> int:
     """``addbmm``: the inner products of every matrix of the batch, summed into one."""
     left, right = _shape(node.args[1], batch), _shape(node.args[2], batch)
@@ -171,6 +178,23 @@ def _recurrent(node: fx.Node, batch: int) -> int:
     steps = prod(_shape(node.args[0], batch)[:2])
     weights = next(argument for argument in node.args[2:4] if isinstance(argument, list | tuple) and len(argument) > 1)
     return steps * sum(prod(shape) for shape in (_shape(item, batch) for item in weights) if len(shape) == 2)
+
+
+def _cell(node: fx.Node, batch: int) -> int:
+    """One step of a recurrent layer: both weight matrices meet every item once."""
+    return prod(_shape(node.args[0], batch)[:-1]) * sum(prod(_shape(weight, batch)) for weight in node.args[2:4])
+
+
+def _bilinear(node: fx.Node, batch: int) -> int:
+    """Each output element sums over all pairs of an entry of the one input and one of the other."""
+    return prod(_shape(node, batch)) * prod(_shape(node.args[2], batch)[1:])
+
+
+def _tensordot(node: fx.Node, batch: int) -> int:
+    """Each output element sums over the dimensions that are contracted."""
+    shape, contracted = _shape(node.args[0], batch), node.args[2]
+    assert isinstance(contracted, Sequence)
+    return prod(_shape(node, batch)) * prod(shape[dim] for dim in contracted if isinstance(dim, int))
 
 
 def _einsum(node: fx.Node, batch: int) -> int:
@@ -222,6 +246,9 @@ _RULES: dict[Any, Callable[[fx.Node, int], int]] = {
     _aten.bmm: _inner(0),
     _aten.mv: _inner(0),
     _aten.dot: _inner(0),
+    _aten.inner: _last_with_last,
+    _aten.tensordot: _tensordot,
+    _aten.bilinear: _bilinear,
     _aten.matmul: _inner(0),
     _aten.addmm: _inner(1),
     _aten.addmv: _inner(1),
@@ -233,4 +260,8 @@ _RULES: dict[Any, Callable[[fx.Node, int], int]] = {
     _aten.gru: _recurrent,
     _aten.rnn_tanh: _recurrent,
     _aten.rnn_relu: _recurrent,
+    _aten.lstm_cell: _cell,
+    _aten.gru_cell: _cell,
+    _aten.rnn_tanh_cell: _cell,
+    _aten.rnn_relu_cell: _cell,
 }

@@ -26,9 +26,10 @@ _DROPOUTS: dict[str, type[_Dropout]] = {
 }
 _LEAF_OPERATIONS = (
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-    *("batch_norm", "linear", "layer_norm", "group_norm", "embedding"),
+    *("batch_norm", "instance_norm", "linear", "layer_norm", "group_norm", "embedding"),
 )
 _REMEMBERED = ("groups", "num_groups", "normalized_shape")
+_CHANNEL_NORMS = ("batch_norm", "instance_norm")
 
 
 class RunningNorm(nn.Module):
@@ -63,10 +64,13 @@ def resized(program: ExportedProgram, walk: Walk, removed: npt.NDArray[np.bool_]
     return module
 
 
-def literals(graph: fx.Graph) -> dict[str, dict[str, object]]:
-    """For every module, the lengths that the operation in its ``forward`` takes as arguments."""
+def literals(graph: fx.Graph, walk: Walk, removed: npt.NDArray[np.bool_]) -> dict[str, dict[str, object]]:
+    """For every module, the lengths that the operation in its ``forward`` takes as arguments, or normalizes."""
     found: dict[str, dict[str, object]] = {}
     for node in graph.nodes:
+        if _operation(node) in _CHANNEL_NORMS and node.name in walk.values:
+            edit = Edit(node, walk.values, walk.constraints, removed)
+            found.setdefault(_owner(node), {})["num_features"] = edit.length(edit.results[0].axes[1])
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             names = [argument.name for argument in node.target._schema.arguments]
             for name in _REMEMBERED:
@@ -114,10 +118,15 @@ def rebuild(module: fx.GraphModule, source: nn.Module) -> fx.GraphModule:
 
 
 def _modularize(module: fx.GraphModule, node: fx.Node, source: nn.Module) -> None:
-    """Put the module back in the place of the operation that was all of its ``forward``."""
+    """Put the module back in the place of the operation that was all of its ``forward``.
+
+    One with hooks stays away: what they do is in the graph already.
+    """
     operation = _operation(node)
     owner = _owner(node)
     leaf = submodule(source, owner)
+    if leaf is not None and (leaf._forward_hooks or leaf._forward_pre_hooks):
+        leaf = None
     if leaf is not None and type(leaf) in LEAVES and getattr(leaf, "padding_mode", "zeros") == "zeros":
         data, *rest = reversed(node.args[:2]) if operation == "embedding" else node.args
         if operation in _LEAF_OPERATIONS and _all_held_by(leaf, rest, source):

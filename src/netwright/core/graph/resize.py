@@ -206,8 +206,8 @@ def _pad(edit: Edit) -> None:
     for position in range(len(amounts) // 2):
         before, behind = amounts[2 * position], amounts[2 * position + 1]
         axis = edit.results[0].axes[-1 - position]
-        if (before <= 0 and behind <= 0) or edit.length(axis) is None:
-            continue
+        if before < 0 or behind < 0 or before == behind == 0 or edit.length(axis) is None:
+            continue  # such a dimension stays as it is, or nothing is added to it
         whole = sum(factor.size for factor in axis)
         amounts[2 * position] = edit.before(axis, before)
         amounts[2 * position + 1] = edit.before(axis, whole) - edit.before(axis, whole - behind)

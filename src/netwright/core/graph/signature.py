@@ -12,8 +12,9 @@ __all__ = ["plain_signature"]
 def plain_signature(graph: fx.Graph, program: ExportedProgram, *, as_dict: bool = False) -> bool:
     """Let a graph take its tensors as ordinary arguments and return an ordinary tensor, tuple or dict.
 
-    Torch's own way describes nested inputs and outputs by objects whose copies print a warning each. They stay where
-    an input is nested, or where the model returns a class of its own.
+    Inputs that were given by name keep their names, which the trace has written in lower case. Torch's own way
+    describes nested inputs and outputs by objects whose copies print a warning each. They stay where an input is
+    nested, or where the model returns a class of its own.
 
     Args:
         graph: of ``program.module()``, changed in place; the module has to be recompiled.
@@ -26,8 +27,9 @@ def plain_signature(graph: fx.Graph, program: ExportedProgram, *, as_dict: bool 
     spec = program.call_spec
     assert spec.in_spec is not None
     assert spec.out_spec is not None
-    args, kwargs = pytree.tree_unflatten([None] * spec.in_spec.num_leaves, spec.in_spec)
-    if any(value is not None for value in (*args, *kwargs.values())):
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    args, kwargs = pytree.tree_unflatten(list(inputs), spec.in_spec)
+    if not all(isinstance(value, fx.Node) for value in (*args, *kwargs.values())):
         return False  # nested inputs: torch's own signature unpacks them
     output = graph.output_node()
     (leaves,) = output.args
@@ -38,5 +40,9 @@ def plain_signature(graph: fx.Graph, program: ExportedProgram, *, as_dict: bool 
     elif not isinstance(result, fx.Node | tuple | list):
         return False
     output.args = (result,)
+    for key, node in kwargs.items():
+        if node.target != key:
+            node.target = key
+            node._rename(key)  # so that no input is written over before it is read: those of X and x are x and x_1
     graph.set_codegen(fx.graph.CodeGen())
     return True

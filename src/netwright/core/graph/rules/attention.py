@@ -40,7 +40,7 @@ def attention(call: Call) -> Answer:
             call.tie(heads, mask.axes[-back])
         call.heads(heads)
         axes.append(heads)
-        null.append(len(v.axes) >= back and v.null[-back])
+        null.append(len(v.axes) >= back and bool(v.axes[-back]) and v.null[-back])
     return Value((*axes, q.axes[-2], v.axes[-1]), (*null, False, v.null[-1]))
 
 

@@ -13,7 +13,10 @@ _POSITION = "its entries are addressed by position"
 
 @rule("cat", "concat", "concatenate")
 def concatenate(call: Call) -> Answer:
-    """Entries of all tensors one behind the other; other dimensions go together."""
+    """Entries of all tensors one behind the other; other dimensions go together.
+
+    The entry of a tensor of length one stays, for nothing says which parameters compute it.
+    """
     tensors = call["tensors"]
     rank = len(call.shape)
     tensors = [value for value in tensors if len(value.axes) == rank]
@@ -29,7 +32,11 @@ def concatenate(call: Call) -> Answer:
             call.freeze(value.axes[dim], "it is joined along the batch")
         axes[dim] = call.fixed(call.shape[dim], "it is joined along the batch")
     else:
-        axes[dim] = call.axis(np.concatenate([call.flat(value.axes[dim]) for value in tensors]))
+        parts = [call.flat(value.axes[dim]) for value in tensors]
+        for atoms in parts:
+            if atoms.size == 1:
+                call.freeze((Factor(1, atoms),), "it is the only entry of a tensor")
+        axes[dim] = call.axis(np.concatenate(parts))
     return Value(tuple(axes), tuple(all(value.null[position] for value in tensors) for position in range(rank)))
 
 

@@ -1,6 +1,7 @@
 """Sums, means and other statistics, and operations that compare the entries of a dimension."""
 
 from collections.abc import Sequence
+from operator import getitem
 
 from netwright.core.graph.axes import Axis, Value
 from netwright.core.graph.call import Answer, Call
@@ -11,13 +12,15 @@ __all__ = ["reduce", "whole"]
 _SUMS = ("sum", "norm", "linalg_vector_norm", "nansum", "count_nonzero")
 _KEEP_ZERO = (*_SUMS, "mean", "var", "std", "amax", "amin", "max", "min", "prod", "var_mean", "std_mean", "nanmean")
 _BY_POSITION = ("argmax", "argmin")
+_WITH_POSITION = ("max", "min", "median")  # with a dimension, they return the entry and where it is
 
 
 @rule(*_KEEP_ZERO, *_BY_POSITION, "logsumexp", "all", "any", "median")
 def reduce(call: Call) -> Answer:
     """Dimensions that are reduced go (or become one).
 
-    A sum does not notice that a unit is gone whose entries were zero; any other statistic does.
+    A sum does not notice that a unit is gone whose entries were zero; any other statistic does. Positions stay what
+    they are only where the whole dimension stays.
     """
     name = call.name
     tensors = call.tensors()
@@ -27,8 +30,9 @@ def reduce(call: Call) -> Answer:
         return pointwise(call)
     x = tensors[0]
     dims = _dims(call, len(x.axes))
+    with_position = name in _WITH_POSITION and len(call.shapes) == 2
     for dim in dims:
-        if name in _BY_POSITION:
+        if name in _BY_POSITION or (with_position and _position_used(call)):
             call.freeze(x.axes[dim], "the position of its largest or smallest entry is asked for")
         elif name not in _SUMS or not x.null[dim]:
             call.inexact(x.axes[dim], f"{name} runs over this dimension")
@@ -44,7 +48,14 @@ def reduce(call: Call) -> Answer:
             axes.append(axis)
             null.append(x.null[dim] and name in _KEEP_ZERO)
     value = Value(tuple(axes), tuple(null))
+    if with_position:
+        return [value, Value(value.axes, tuple(False for _ in axes))]
     return [value for _ in call.shapes] if len(call.shapes) > 1 else value
+
+
+def _position_used(call: Call) -> bool:
+    """Whether anything reads the second result."""
+    return any(user.target is not getitem or (user.args[1] == 1 and bool(user.users)) for user in call.node.users)
 
 
 def _dims(call: Call, rank: int) -> Sequence[int]:

@@ -19,11 +19,13 @@ _NAMES = (
 @rule(*_NAMES)
 def spatial(call: Call) -> Answer:
     """Channels pass, the spatial dimensions stay as they are; a channel of zeros stays zero."""
-    x = call.tensors()[0]
+    x, *others = call.tensors()
     name = call.name
     count = 2 if "grid" in name else next(int(name[i - 1]) for i in range(len(name), 1, -1) if name[i - 1].isdigit())
     for axis in x.axes[-count:]:
         call.freeze(axis, "it is a spatial dimension")
+    for axis in (axis for grid in others for axis in grid.axes):
+        call.freeze(axis, "it says where values are read")
     results = []
     for shape in call.shapes:
         sizes = tuple(call.fixed(length, "it is a spatial dimension") for length in shape[-count:])
