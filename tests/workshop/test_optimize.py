@@ -170,7 +170,19 @@ def test_bad_input_writes_nothing(tmp_path: Path) -> None:
 def _start(out: Path, *more: str, budget: str = "40s") -> subprocess.Popen:
     command = [sys.executable, "-m", "netwright", "optimize", TINY, "--target", "latency<=0.9x", "--keep"]
     command += ["score>=-0.1", "--budget", budget, "--out", str(out), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=out.parent)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=out.parent,
+        preexec_fn=_heed_ctrl_c,
+    )
+
+
+def _heed_ctrl_c() -> None:
+    """A process that a shell has put into the background ignores SIGINT, and so does what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait_for(out: Path, count: int, child: subprocess.Popen) -> None:

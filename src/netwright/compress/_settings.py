@@ -140,7 +140,5 @@ def checked_paths(owner: object, name: str, value: Any) -> tuple[str, ...]:
         raise TransformError(f"{setting} must be a sequence of names; write ({value!r},).")
     paths = tuple(value) if isinstance(value, Iterable) else (None,)
     if not all(isinstance(path, str) for path in paths):
-        raise TransformError(
-            f"{setting} must be a sequence of names, got {value!r}. () names none."
-        )
+        raise TransformError(f"{setting} must be a sequence of names, got {value!r}. () names none.")
     return paths

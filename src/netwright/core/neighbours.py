@@ -28,8 +28,10 @@ def neighbourhood(folder: str) -> Iterator[None]:
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
-    first = next((index for index, entry in enumerate(sys.path) if entry in _folders), len(sys.path))
-    sys.path.insert(first, folder)
+    place = len(sys.path)
+    while place and sys.path[place - 1] in _folders:
+        place -= 1
+    sys.path.insert(place, folder)
     sys.path[:] = dict.fromkeys(sys.path)
     _folders.add(folder)
 
