@@ -125,11 +125,21 @@ def test_finalists_may_lack_what_recovery_gives_back() -> None:
     cheap, dear = point(0.9, 0.1), point(0.95, 0.3)
     nearly, hardly = point(0.88, 0.2), point(0.87, 0.05)
     over, lost = point(0.9, 0.5), point(0.7, 0.01)
-    expected = [cheap, hardly, dear, nearly, over, lost]  # the safe one, a chance of half the cost, then insurance
+    # the safe one, a chance of half the cost, one that would cost less, then insurance
+    expected = [cheap, hardly, lost, dear, nearly, over]
     for points in (expected, expected[::-1], expected[3:] + expected[:3]):
         assert schedule(points) == expected
         assert schedule(points, insure=False) == [cheap, hardly]
         assert schedule(points, trained=1.0, insure=False) == [cheap], "a full recovery changes nothing then"
+
+
+def test_where_nothing_promises_a_gain_one_is_tried_that_would_be_one() -> None:
+    """A second one that keeps the score and costs more than the first could never be handed back."""
+    safe, second = point(0.9, 0.4), point(0.95, 0.45)
+    near, far, dear = point(0.8, 0.1), point(0.6, 0.01), point(0.85, 0.6)
+    assert following([second, far, near, dear], [safe]) is near
+    assert following([second, far, near, dear], [safe], insure=False) is None
+    assert following([second, dear], [safe]) is second
 
 
 def test_the_expected_gain_weighs_cost_against_what_is_lacking() -> None:

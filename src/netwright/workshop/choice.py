@@ -150,6 +150,8 @@ def next_finalist(
         (1 - d / D) * log(c / c'),
 
     ``d`` what it lacks, ``D`` how much may be regained, ``c`` the cost of the cheapest that stands and ``c'`` its own.
+    Where none promises a gain and one is wanted nevertheless, it is the one that lacks least of those that cost less
+    than what stands: what it gives back says whether others can be saved.
 
     Args:
         waiting: candidates that had no full recovery.
@@ -157,7 +159,7 @@ def next_finalist(
         baseline: the reference of every ratio.
         limits: the targets.
         keep: the floor of the score.
-        insure: whether to name one even where none promises a gain.
+        insure: whether to name one even where none promises a gain, for it costs no time.
         gains: what full recoveries gave back so far.
     """
     if not waiting:
@@ -197,4 +199,5 @@ def next_finalist(
     best = max(waiting, key=lambda one: chance(one) * math.log(least / cost(one.point)))
     if chance(best) * math.log(least / cost(best.point)) > _LEAST_PROMISE:
         return best
-    return min(waiting, key=order) if insure else None
+    cheaper = [one for one in waiting if cost(one.point) < least]
+    return min(cheaper or waiting, key=order) if insure else None
