@@ -154,13 +154,26 @@ def test_where_nothing_keeps_the_score_one_is_recovered_early(tmp_path: Path) ->
     again = finals(tmp_path / "lacking", [])
     again.recall()
     assert again.study.gains == phase.study.gains, "a resumed run knows it too"
-    sound = finals(tmp_path / "sound", CANDIDATES)
-    assert sound.first() is None
+    sound = finals(tmp_path / "sound", CANDIDATES[:1])
+    assert sound.first() is None, "nothing costs less than what keeps the score"
+    dearer = finals(tmp_path / "dearer", [(0.9, 0.5, 2.0), (0.9, 0.8, 2.0), (0.88, 0.6, 2.0)])
+    assert dearer.first() is None
     failed = finals(tmp_path / "failed", [(0.8, 0.5, 2.0)])
     request = failed.first()
     assert request is not None
     failed.keep(Outcome(request, None, "no memory", 1.0))
     assert failed.first() is None, "nor is it tried for ever"
+
+
+def test_where_something_keeps_the_score_one_that_costs_less_is_recovered_early(tmp_path: Path) -> None:
+    promising = finals(tmp_path / "promising", CANDIDATES).first()
+    assert promising is not None
+    assert promising.number == 1, "the largest expected gain"
+    hopeful = finals(
+        tmp_path / "hopeful", [(0.9, 0.5, 2.0), (0.7, 0.1, 2.0), (0.75, 0.2, 2.0), (0.6, 0.01, 2.0)]
+    ).first()
+    assert hopeful is not None
+    assert hopeful.number == 2, "where none promises one, what lacks least of those that would be one"
 
 
 def test_a_failed_recovery_is_kept_too(tmp_path: Path) -> None:

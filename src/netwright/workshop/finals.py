@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from netwright.core.rundir import RunDirectory
-from netwright.workshop.choice import Finalist, next_finalist
+from netwright.workshop.choice import Finalist, excess, next_finalist
 from netwright.workshop.engine import Engine
 from netwright.workshop.evaluation import Outcome, Request
 from netwright.workshop.job import Job
@@ -56,19 +56,26 @@ class Finals:
         return min(self.plan.final_seconds, _MARGIN * needed)
 
     def first(self) -> Request | None:
-        """The first full recovery, where it is better done in the middle of the search.
+        """The first full recovery, which is better done in the middle of the search.
 
-        That is where no candidate keeps the score: what it gives back says which of them a full recovery can save, and
-        so what to look for. None where one keeps it, or where a full recovery has been done.
+        What it gives back says which candidates a full recovery can save, and so what to look for. None after one, or
+        where none costs less than the cheapest that keeps the score already.
         """
         if self.study.gains or kept_outcomes(self.run_directory):
             return None
         floor = self.baseline.val + self.job.keep.change
-        points = [entry.point for entry in self.study.entries if entry.point is not None]
-        entry = None if any(point.val >= floor for point in points) else self._next([], [], 1)
-        if entry is None:
+        sound = [entry for entry in self.study.entries if entry.point is not None and entry.point.val >= floor]
+        best = min(sound, key=self._cost, default=None)
+        if best is None or best.point is None:
+            entry = self._next([], [], 1)
+        else:
+            entry = self._next([best.number], [best.point], 2)
+        if entry is None or (best is not None and self._cost(entry) >= self._cost(best)):
             return None
         return self._request(entry, max(self.plan.final_seconds / _FINALISTS, self.plan.candidate_seconds))
+
+    def _cost(self, entry: Entry) -> float:
+        return math.inf if entry.point is None else excess(entry.point, self.baseline, self.job.limits)
 
     def keep(self, outcome: Outcome) -> None:
         """Write a full recovery that is done, and let the study learn from it."""
