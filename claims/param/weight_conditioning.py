@@ -22,7 +22,7 @@ CLAIM = (
     "0.002 in fewer steps of Adam with conditioned than with normalized hidden weights, each at its best learning rate."
 )
 BETTER = "lower"
-SEEDS = 5
+SEEDS = 10
 RATES = (5e-3, 1e-2, 2e-2)
 HIDDEN = ("0", "2", "4", "6")
 
