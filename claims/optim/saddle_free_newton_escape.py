@@ -66,8 +66,10 @@ def _strict(generator: torch.Generator) -> Problem:
         point = start.clone().requires_grad_()
 
         def loss() -> Tensor:
-            *_, along = places = axes.mT @ point
-            return (bowls * places[:-1].square()).sum() / 2 + DOWN * (along**4 / 4 - along.square() / 2)
+            places = axes.mT @ point
+            along = places[-1]
+            value: Tensor = (bowls * places[:-1].square()).sum() / 2 + DOWN * (along**4 / 4 - along.square() / 2)
+            return value
 
         return [point], loss
 

@@ -29,10 +29,11 @@ KINDS = ("gmp", "weight_norm", "plain")
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     steps, rates, large = (10, RATES[1:3], LARGE_RATES[:1]) if smoke else (100, RATES, LARGE_RATES)
     found: dict[str, tuple[float, float]] = {}
-    result = {}
+    result: dict[str, float] = {}
     for kind in KINDS:
         # Rates are chosen on another split and from other weights than those that are reported.
-        chosen = best(rates, lambda rate, kind=kind: train(seed + 1000, steps, kind, rate)[1])
+        errors = {rate: train(seed + 1000, steps, kind, rate)[1] for rate in rates}
+        chosen = best(rates, errors.__getitem__)
         found[kind] = train(seed, steps, kind, chosen)
         trained = [rate for rate in large if train(seed, steps, kind, rate)[1] < 0.5]  # of the variance
         result |= {f"rate_{kind}": chosen, f"largest_rate_{kind}": max(trained, default=0.0)}

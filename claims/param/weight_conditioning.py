@@ -73,7 +73,8 @@ def train(seed: int, steps: int, kind: str, rate: float) -> tuple[int, float, fl
             assert isinstance(layer.weight, Tensor)
             found.append(log_condition(layer.weight))
             if kind == "conditioned":
-                smaller.append(found[-1] < log_condition(layer.parametrizations.weight.original))
+                below = model.get_parameter(f"{name}.parametrizations.weight.original")
+                smaller.append(found[-1] < log_condition(below))
 
     data = inputs, targets
     losses = descend(model, optimizer, data, functional.mse_loss, steps=steps, batch=784, seed=seed, after_step=measure)
