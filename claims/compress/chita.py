@@ -18,15 +18,20 @@ from netwright.core.task import Task
 PAPER = 34
 CLAIM = (
     "With 2% of the weights of an MLP 784-40-20-10 on Fashion-MNIST left, without training, CHITA has a higher test "
-    "accuracy than greedy Optimal Brain Surgeon with the whole Hessian of the given network, in at most a tenth of its "
-    "time, and at least 20 points more than magnitude. (The figure is 0 where it takes longer. Beside it, without a "
-    "part in the verdict: a surgeon that takes its Hessian anew in as many stages as CHITA does.)"
+    "accuracy than greedy Optimal Brain Surgeon, one weight after the other with the whole Hessian of the given "
+    "network, in at most a tenth of its time, and at least 20 points more than magnitude. (The figure is 0 where it "
+    "takes longer. Beside it, without a part in the verdict: a surgeon that takes its Hessian anew in as many stages "
+    "as CHITA does and removes four weights at a time.)"
 )
 BETTER = "higher"
-SEEDS = 5
+WHY = (
+    "More than 50 points above that surgeon on each of eight seeds (3 to 10: 0.804 and 0.171), whose Hessian is no guide "
+    "after so many removals, but in 11 to 16% of its time, not in a tenth. The surgeon in stages is 0.3 points ahead "
+    "(0.806) in six times CHITA's time."
+)
 RATIO = 0.98
 STAGED = 16  # Hessians of the surgeon beside it
-TOGETHER = 4  # weights that the surgeon removes at a time, by an exact joint update; greedy in its strict sense is 1
+TOGETHER = 4  # weights that it removes at a time, by an exact joint update
 
 
 def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
@@ -37,10 +42,10 @@ def run(seed: int, *, smoke: bool = False) -> dict[str, float]:
     sparse = method(model, task, seed=seed)
     seconds = time.process_time() - start
     ours = evaluate(sparse, task, "test")
-    together = 200 if smoke else TOGETHER
-    once, long = greedy(model, task, replace(method, stages=1), seed, together)
+    once, long = greedy(model, task, replace(method, stages=1), seed, 200 if smoke else 1)
     surgeon = evaluate(once, task, "test")
-    staged, longer = greedy(model, task, replace(method, stages=2 if smoke else STAGED), seed, together)
+    many = replace(method, stages=2 if smoke else STAGED)
+    staged, longer = greedy(model, task, many, seed, 200 if smoke else TOGETHER)
     cut = copy.deepcopy(model)
     weights = FlatWeights(cut)
     weights.write(weights.read() * magnitude_mask(weights, RATIO, "global"))
