@@ -25,9 +25,9 @@ CLAIM = (
 )
 BETTER = "higher"
 WHY = (
-    "More than 50 points above that surgeon on each of eight seeds (3 to 10: 0.804 and 0.171), whose Hessian is no guide "
-    "after so many removals, but in 11 to 16% of its time, not in a tenth. The surgeon in stages is 0.3 points ahead "
-    "(0.806) in six times CHITA's time."
+    "More than 50 points above that surgeon on each of eight seeds (3 to 10: 0.804 and 0.171), whose Hessian is no "
+    "guide after so many removals, but in 11 to 16% of its time, not in a tenth. The surgeon in stages is 0.3 points "
+    "ahead (0.806) in six times CHITA's time."
 )
 RATIO = 0.98
 STAGED = 16  # Hessians of the surgeon beside it
