@@ -46,7 +46,7 @@ class Noisy:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        flip = random.random() + np.random.rand()  # noqa: NPY002
+        flip = random.random() + np.random.rand()  # noqa: NPY002 - the legacy generator is the point
         return self.images[index] * flip + 0.5 * torch.randn(1, 6, 6), self.labels[index]
 
 

@@ -185,7 +185,7 @@ def test_a_run_goes_on_once_its_workers_can_read_the_task(tmp_path: Path) -> Non
         run_job(asked)
     before = json.loads((asked.out / "result.json").read_text())
     assert (before["status"], before["evaluations"], before["failed"]) == ("interrupted", 0, 0)
-    asked.task.data.train.file.touch()  # type: ignore[union-attr]
+    asked.task.data.train.file.touch()  # type: ignore[union-attr]  # distant() made the dataset
     result = run_job(replace(asked, budget=1.0), resume=True)  # no time for more than the one candidate
     assert result["status"] in ("met", "not_met")
     assert (result["evaluations"], result["failed"]) == (1, 0)

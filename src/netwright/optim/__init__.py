@@ -1,6 +1,6 @@
 """How parameters move: optimizers, schedules, clipping and averaging."""
 
-from netwright.optim._registry import Capability, available, create, schedules
+from netwright.optim._registry import Capability, available, create, find, schedules
 from netwright.optim.agvm import AGVM, module_groups
 from netwright.optim.autoclip import AutoClip
 from netwright.optim.diffgrad import DiffGrad
@@ -45,6 +45,7 @@ __all__ = [
     "WarmupLinear",
     "available",
     "create",
+    "find",
     "finetune_recipe",
     "module_groups",
     "reinitialize_top",

@@ -143,10 +143,14 @@ def create(name: str, params: ParamsT | nn.Module, **settings: Any) -> Optimizer
 
 
 def find(name: str) -> Capability:
-    """The record of the optimizer called ``name``.
+    """The record of the optimizer called ``name``, of :func:`available`.
 
     Raises:
         SettingError: an unknown name.
+
+    Example:
+        >>> find("Lion").object
+        'netwright.optim:Lion'
     """
     known = available()
     key = name.lower().replace("_", "-")

@@ -29,6 +29,7 @@ def evaluator(subject: bytes, folder: Path | None = None) -> Callable[[Request],
         folder: for the files that are made on the way; see :class:`netwright.workshop.evaluation.Evaluator`.
     """
     try:
+        # the user's own task, from the process that started this one
         return Evaluator(cloudpickle.loads(subject), folder=folder)
     except Exception as error:  # reading runs code of the task's own objects
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")

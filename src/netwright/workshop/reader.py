@@ -17,7 +17,7 @@ def main() -> None:
     try:
         path, task = unpacked(sys.stdin.buffer.read())
         sys.path[:] = path
-        cloudpickle.loads(task)
+        cloudpickle.loads(task)  # the user's own, from the process that started this one
     except Exception as error:  # reading runs code of the task's own objects
         sys.exit(" ".join(f"{type(error).__name__}: {error}".split()))
 

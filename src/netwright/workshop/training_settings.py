@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from netwright.core.errors import RecipeError
+from netwright.core.errors import RecipeError, SettingError
 from netwright.core.recipe import Recipe, resolve
-from netwright.optim import available, schedules
+from netwright.optim import available, find, schedules
 
 __all__ = ["Entry", "change_recipe", "optimizer_path", "training_entries", "with_optimizer"]
 
@@ -199,13 +199,10 @@ def optimizer_path(name: str) -> str:
     """
     if ":" in name:
         return name
-    known = available()
-    key = name.lower().replace("_", "-")
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known are {', '.join(known)}, or module:name."
-        raise RecipeError(f"There is no optimizer {name!r}. {hint}")
-    return known[key].object
+    try:
+        return find(name).object
+    except SettingError as error:
+        raise RecipeError(f"{error} An import path, module:name, is taken too.") from error
 
 
 def _rate(text: str) -> float:
