@@ -83,7 +83,7 @@ def surgery(problem: LeastSquares, count: int, together: int) -> Tensor:
     ridge, rows, alive = problem.ridge, problem.rows, problem.anchor != 0
     w, out = problem.anchor, torch.zeros_like(problem.anchor)
     index, first = alive.nonzero().flatten(), True
-    rows, w = rows[:, index], w[index]
+    rows, w = rows[:, index].contiguous(), w[index]
     while len(index) > count:  # C and the diagonal are computed anew each time the columns are packed
         gram = (rows @ rows.mT).double() + len(rows) * ridge * torch.eye(len(rows), dtype=torch.float64)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).to(rows)
@@ -104,6 +104,6 @@ def surgery(problem: LeastSquares, count: int, together: int) -> Tensor:
             inverse = inverse + mixed @ left @ mixed.mT
             gone[out_now] = True
             rows[:, out_now], w = 0.0, torch.where(gone, 0.0, w)
-        index, rows, w = index[~gone], rows[:, ~gone], w[~gone]
+        index, rows, w = index[~gone], rows[:, ~gone].contiguous(), w[~gone]
     out[index] = w
     return out

@@ -25,8 +25,8 @@ def fit_and_costs(problem: LeastSquares, index: Tensor, known: Tensor | None = N
     fit, inverse = fit_and_inverse(problem, index, known)
     leverage = []
     for part in torch.split(index, WIDTH):
-        columns = problem.rows[:, part]
-        leverage.append((columns * (inverse.to(columns) @ columns)).sum(0))
+        columns = problem.rows.mT[part]
+        leverage.append((columns * (columns @ inverse.to(columns))).sum(1))
     diagonal = (1 - torch.cat(leverage)).clamp_min(_TINY) / problem.ridge
     return fit, fit.square() / (2 * diagonal)
 

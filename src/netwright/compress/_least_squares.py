@@ -16,7 +16,7 @@ class LeastSquares:
     r"""The function :math:`f(w) = \frac1{2n} \lVert Xw - t \rVert^2 + \frac\lambda2 \lVert w - \bar w \rVert^2`.
 
     Args:
-        rows: :math:`X`, ``(n, p)``.
+        rows: :math:`X`, ``(n, p)``; best with what belongs to one weight together in memory, as columns are taken.
         target: :math:`t`, ``(n,)``.
         anchor: :math:`\bar w`, ``(p,)``.
         ridge: :math:`\lambda > 0`.
@@ -50,7 +50,7 @@ class LeastSquares:
 
     def columns(self, index: Tensor) -> "LeastSquares":
         """The function of the entries ``index`` alone, all others being zero; it lacks a constant."""
-        return replace(self, rows=self.rows[:, index], anchor=self.anchor[index], scale=self.scale[index])
+        return replace(self, rows=self.rows.mT[index].mT, anchor=self.anchor[index], scale=self.scale[index])
 
 
 def refit(problem: LeastSquares, index: Tensor) -> Tensor:
@@ -63,8 +63,8 @@ def products(problem: LeastSquares, index: Tensor) -> Tensor:
     size = len(problem.target)
     found = torch.zeros(size, size, dtype=torch.float64, device=problem.target.device)
     for part in torch.split(index, WIDTH):
-        columns = problem.rows[:, part].double()
-        found.addmm_(columns, columns.mT)
+        columns = problem.rows.mT[part].double()
+        found.addmm_(columns.mT, columns)
     return found
 
 
@@ -83,7 +83,7 @@ def fit_and_inverse(problem: LeastSquares, index: Tensor, known: Tensor | None =
     weights = (inverse @ right).to(problem.rows)
     if _most(problem, index):
         return anchor + (problem.rows.mT @ weights)[index], inverse
-    step = torch.cat([problem.rows[:, part].mT @ weights for part in torch.split(index, WIDTH)])
+    step = torch.cat([problem.rows.mT[part] @ weights for part in torch.split(index, WIDTH)])
     return anchor + step, inverse
 
 
@@ -97,4 +97,4 @@ def _reach(problem: LeastSquares, index: Tensor, values: Tensor) -> Tensor:
     if _most(problem, index):
         return (problem.rows @ torch.zeros_like(problem.anchor).index_copy(0, index, values)).double()
     pairs = zip(torch.split(index, WIDTH), torch.split(values, WIDTH), strict=True)
-    return sum(((problem.rows[:, part] @ value).double() for part, value in pairs), start=torch.zeros(()).double())
+    return sum(((value @ problem.rows.mT[part]).double() for part, value in pairs), start=torch.zeros(()).double())

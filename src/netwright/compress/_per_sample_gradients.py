@@ -76,7 +76,7 @@ def _together(
 
     each = vmap(grad(loss_of), in_dims=(None, 0, 0))
     width = max(1, min(count, _CHUNK // weights.size))
-    rows = torch.empty(min(count, len(task.data.train)), weights.size, dtype=weights.read().dtype, device=device)
+    rows = weights.read().new_empty(weights.size, min(count, len(task.data.train))).mT
     done = 0
     try:
         for inputs, targets in _some(task, width, len(rows), seed, device):

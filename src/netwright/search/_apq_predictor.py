@@ -1,7 +1,8 @@
 """A network that learns from full precision first, then, its input extended by bits, from quantized scores."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self, TypeAlias
 
@@ -15,6 +16,7 @@ __all__ = ["Member", "TransferredPredictor", "pretrain", "random_start", "withou
 Array: TypeAlias = NDArray[np.float64]
 Weights: TypeAlias = Sequence[Tensor]
 _PULL = 1e-2  # weight of the squared distance from the starting weights
+_AT_ONCE = 128  # observations in a step of Adam; more of them take turns
 
 
 @dataclass(frozen=True)
@@ -136,24 +138,38 @@ class TransferredPredictor:
 def _descend(
     start: Weights, inputs: Tensor, bits: Tensor, targets: Tensor, steps: int, rate: float
 ) -> tuple[Tensor, ...]:
-    """Adam from ``start`` on the mean squared error of each member and the pull back to ``start``."""
+    """Adam from ``start`` on the mean squared error of each member and the pull back to ``start``.
+
+    Cost: ``O(members * min(n, 128) * h^2)`` a step.
+    """
+    turns = _turns(len(targets), steps)
     shapes = [weight.shape for weight in start]
     begin = torch.cat([weight.flatten() for weight in start])  # one vector: an optimizer's step is a few operations
     moved = begin.clone().requires_grad_()
-    optimizer = torch.optim.Adam([moved], lr=rate)
+    optimizer = torch.optim.Adam([moved], lr=rate, fused=True)
 
     def weights() -> list[Tensor]:
         parts = torch.split(moved, [shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     with torch.enable_grad():
-        for step in range(steps):
+        for step, turn in enumerate(turns):
             optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
             optimizer.zero_grad()
-            errors = ((forward(weights(), inputs, bits) - targets) ** 2).mean(1).sum()
+            errors = ((forward(weights(), inputs[turn], bits[turn]) - targets[turn]) ** 2).mean(1).sum()
             torch.autograd.backward(errors + _PULL * ((moved - begin) ** 2).sum())
             optimizer.step()
     return tuple(weight.detach() for weight in weights())
+
+
+def _turns(count: int, steps: int) -> Iterator[slice | Tensor]:
+    """Which observations each step sees: all of few, else the next ones of a fixed shuffle, over and over."""
+    if count <= _AT_ONCE:
+        yield from itertools.repeat(slice(None), steps)
+        return
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+    for step in range(steps):
+        yield order[torch.arange(step * _AT_ONCE, (step + 1) * _AT_ONCE) % count]
 
 
 def _scale(rows: Array) -> tuple[Array, Array]:

@@ -70,9 +70,14 @@ class Encoding:
 
     def genes(self, params: Params) -> Array:
         """The genes ``(d,)`` of a candidate; a decision it lacks is put in the middle, or on the first choice."""
-        row = [self._gene(name, distribution, params) for name, distribution in self.space.decisions.items()]
-        found: Array = self.snap(np.array([row]))[0]
+        found: Array = self.rows([params])[0]
         return found
+
+    def rows(self, many: Sequence[Params]) -> Array:
+        """The genes of several candidates, ``(n, d)``."""
+        decisions = self.space.decisions.items()
+        found = [[self._gene(name, distribution, params) for name, distribution in decisions] for params in many]
+        return self.snap(np.array(found, dtype=float).reshape(len(many), len(self.names)))
 
     def params(self, genes: Array) -> dict[str, Any]:
         """The candidate that a row of genes ``(d,)`` stands for."""

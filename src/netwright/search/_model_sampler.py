@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from netwright.core.errors import SettingError
 from netwright.search._encoding import Encoding, restored
 from netwright.search._proposer import Measured
-from netwright.search.space import SearchSpace, SpaceError, contains, draw
+from netwright.search.space import Params, SearchSpace, SpaceError, contains, draw
 
 __all__ = ["SPARE", "ModelSampler"]
 
@@ -164,7 +164,7 @@ class ModelSampler(BaseSampler):
         names = sorted({name for trial in trials for name in trial.constraints})
         violations = [[trial.constraints.get(name, 0.0) for name in names] for trial in trials]
         return Measured(
-            np.array([encoding.genes(trial.params) for trial in trials]),
+            encoding.rows([trial.params for trial in trials]),
             np.array([trial.values for trial in trials]) * signs,
             np.array(violations, dtype=float).reshape(len(trials), len(names)),
             signs,
@@ -227,17 +227,17 @@ class _Tried:
 
 def _tried(trials: Sequence[FrozenTrial], encoding: Encoding, number: int, since: int = -1) -> _Tried:
     """What trials leave to try to the one of a number, the last fit having seen none beyond the number ``since``."""
-    closed: list[Array] = []
-    free: list[Array] = []
+    closed: list[Params] = []
+    free: list[Params] = []
     waiting = 0
     for trial in trials:
         if not _belongs(trial, encoding):
             waiting += trial.state is TrialState.RUNNING and since < trial.number < number
         elif not _has_more(trial, encoding):
-            closed.append(encoding.genes(trial.params))
+            closed.append(trial.params)
         elif trial.number > since:
-            free.append(encoding.genes(trial.params))
-    keys, uses = (encoding.keys(np.array(rows)) if rows else [] for rows in (closed, free))
+            free.append(trial.params)
+    keys, uses = (encoding.keys(encoding.rows(many)) for many in (closed, free))
     return _Tried(set(keys), Counter(uses), waiting)
 
 

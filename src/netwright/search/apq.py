@@ -159,7 +159,7 @@ class APQSampler(ModelSampler):
         known, place = self._measured(study, used, encoding), self._objective
         scale, sign = Scale(known.values, self._start), float(known.signs[self._objective])
         model = self._fit(encoding, encoding.features(known.genes), scale.warp(known.values)[:, place], sign)
-        warped, _ = model.predict(encoding.features(np.array([encoding.genes(params) for params in candidates])))
+        warped, _ = model.predict(encoding.features(encoding.rows(candidates)))
         expected: Array = sign * (scale.middle[place] + scale.width[place] * scale.unwarp(warped))
         return expected
 
@@ -203,7 +203,7 @@ class APQSampler(ModelSampler):
         """The ensemble after full precision; remembered, since it is the same at every fit."""
         mark = (self._seed, sign)
         if self._learned is None or self._learned[0] != mark:
-            rows = encoding.features(np.array([encoding.genes(params) for params, _ in self._full_precision]))
+            rows = encoding.features(encoding.rows([params for params, _ in self._full_precision]))
             scores = sign * np.array([[score] for _, score in self._full_precision])
             targets = Scale(scores, len(scores)).warp(scores)[:, 0]
             self._learned = mark, pretrain(fresh, rows[:, ~bits], targets, _PRETRAINING, _RATE)

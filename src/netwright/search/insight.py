@@ -145,7 +145,7 @@ def _seen(result: SearchResult, space: SearchSpace) -> tuple[Array, Array]:
     encoding = Encoding(space)
     signs = np.array([-1.0 if way == "maximize" else 1.0 for way in result.objectives.values()])
     measured = [(entry.params, entry.metrics) for entry in result.evaluations if entry.metrics is not None]
-    genes = np.array([encoding.genes(params) for params, _ in measured], dtype=float)
+    genes = encoding.rows([params for params, _ in measured])
     values = np.array([[metrics[name] for name in result.objectives] for _, metrics in measured], dtype=float)
     return genes.reshape(len(measured), len(encoding.names)), values.reshape(len(measured), len(signs)) * signs
 
