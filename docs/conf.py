@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "ext"))
 
 project = "Netwright"
 author = "The Netwright authors"
+project_copyright = author
 version = release = netwright.__version__
 
 extensions = [
@@ -23,6 +24,7 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 suppress_warnings = ["config.cache"]
+smartquotes_action = "qe"  # not dashes: headings hold commands
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3

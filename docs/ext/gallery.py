@@ -63,7 +63,7 @@ SURFACES = (
         "Rosenbrock's valley",
         (-1.2, 1.0),
         (-1.6, 1.6),
-        (-0.7, 1.9),
+        (-1.1, 1.9),
         200,
         {
             "sgd": {"lr": 2e-3},
@@ -156,7 +156,7 @@ def draw(surface: Surface) -> str:
         for points, colour in zip(paths.values(), _COLOURS, strict=False)
     ]
     entries = [
-        f'<span style="color:{colour};margin-right:1em">● {html.escape(_said(surface, *entry))}</span>'
+        f'<span style="color:{colour}">●</span> {html.escape(_said(surface, *entry))}'
         for entry, colour in zip(paths.items(), _COLOURS, strict=False)
     ]
     title = html.escape(surface.title)
@@ -164,7 +164,7 @@ def draw(surface: Surface) -> str:
     picture = "".join([_levels(surface, height), *curves])
     return (
         f'<figure><svg viewBox="0 0 {_SIZE} {height}" role="img" aria-label="{title}" style="{style}">{picture}</svg>'
-        f'<figcaption style="text-align:left;font-size:85%">{"".join(entries)}</figcaption></figure>'
+        f'<figcaption style="text-align:left;font-size:85%">{"&emsp;".join(entries)}</figcaption></figure>'
     )
 
 

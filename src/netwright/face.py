@@ -35,7 +35,10 @@ def optimize(
     Trains the baseline (or takes a trained one), searches pruning of units and branches, quantization and codebooks,
     with every candidate measured on this machine, recovers the best in full, and writes to ``out``: ``result.json``,
     ``report.html``, ``model.onnx``, ``model.pt2``, ``model.safetensors``, ``recipe.json``. The model files load
-    without Netwright.
+    without Netwright. For example::
+
+        result = netwright.optimize("digits", "latency<=0.4x", keep="score>=-0.01", budget="2m", out="runs/demo")
+        print(result["status"], result["ratios"]["latency"])
 
     Args:
         task: a :class:`netwright.Task`, or a name as on the command line.

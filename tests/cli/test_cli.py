@@ -95,6 +95,8 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, monkeypatch
     assert "latency<=0.5x, size<=20KB; keep score>=-0.01" in text
     assert "about 120 s, on 3 workers (local)" in text
     assert "8 " in next(line for line in text.splitlines() if line.startswith("  0:"))
+    assert "Space: prune, int8, int4, codebooks; about" in text, "it has no branches"
+    assert "Space: prune, int8; about" in invoke("optimize", f"{TASKS}:good", *words[:2], "--dry-run"), "no size"
     assert not list(tmp_path.iterdir())
 
 
@@ -170,6 +172,12 @@ def test_train_compares_and_reports(tmp_path: Path) -> None:
     assert invoke("report", str(place)).strip() == str(place / "report.html")
     again = plain(invoke(*words, "--out", str(place), "--resume"))
     assert "adamw" in again
+    assert json.loads(invoke("report", str(place), "--json")) == result
+    (tmp_path / "begun").mkdir()
+    for name in ("run.json", "trainings.jsonl"):
+        (tmp_path / "begun" / name).write_bytes((place / name).read_bytes())
+    state = json.loads(invoke("report", str(tmp_path / "begun"), "--json"))
+    assert (state["status"], len(state["trainings"])) == ("unfinished", 4)
     recipe = place / "recipe.json"
     shown = json.loads(invoke("train", "breast-cancer", "--recipe", str(recipe), "--dry-run"))
     assert shown[0]["epochs"] == 1

@@ -1,7 +1,10 @@
 """Methods side by side: what the rows say, what a crash leaves, what is refused."""
 
 import dataclasses
+import itertools
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,12 @@ import torch
 from torch import nn
 
 from netwright.compress import CHITA, Comparison, Int8, Prune, Row, compare, described
+from netwright.compress._comparison_figure import _placed
 from netwright.core.artifact import OnnxModule
 from netwright.core.cost import measure
-from netwright.core.errors import ArtifactError, RunDirectoryError, TransformError
+from netwright.core.errors import ArtifactError, CorruptRunError, RunDirectoryError, TransformError
 from netwright.core.evaluate import evaluate
+from netwright.core.fit import fit
 from netwright.core.recipe import Recipe
 from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task, load_task
@@ -109,8 +114,13 @@ def test_the_files_hold_the_comparison(finished: tuple[Comparison, Path]) -> Non
     content = json.loads((out / "comparison.json").read_text())
     assert Comparison(content["task"], Row.from_dict(content["baseline"]), tuple(map(Row.from_dict, content["rows"])))
     assert tuple(map(Row.from_dict, content["rows"])) == found.rows
+    assert content["seed"] == found.seed == 0
+    for name in ("baseline", "half", "thin", "both"):
+        assert isinstance(torch.export.load(out / f"{name}.pt2").module(), nn.Module)
     page = (out / "comparison.html").read_text()
     assert "half" in page
+    assert f"<h1>Compression of {found.task}</h1>" in page
+    assert "<p>Seed 0, the baseline takes " in page
     assert "<script src=" not in page
     assert "<link" not in page.split("<body>")[0]
 
@@ -246,3 +256,104 @@ def test_a_full_disk_is_not_held_against_the_method(full: str, tmp_path: Path, m
     found = run(methods, tmp_path / "run", epochs=0, resume=True)
     assert calls
     assert [entry.error for entry in found.rows] == [None, None]
+
+
+def test_the_training_of_the_baseline_is_not_lost(tmp_path: Path, monkeypatch) -> None:
+    methods, trained = {"half": Prune(0.5)}, []
+
+    def counted(*args, **settings):
+        trained.append(settings["seed"])
+        return fit(*args, **settings)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    whole = run(methods, tmp_path / "whole", epochs=0)
+    monkeypatch.setattr("netwright.compress._comparison_baseline.fit", counted)
+    with monkeypatch.context() as patched:
+        patched.setattr("netwright.compress._comparison_baseline.export_model", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(methods, tmp_path / "run", epochs=0)
+    found = run(methods, tmp_path / "run", epochs=0, resume=True)
+    assert trained == [0]
+    assert found.baseline.val == whole.baseline.val
+    assert found.baseline.seconds > 0
+    weights = [(tmp_path / name / "baseline.safetensors").read_bytes() for name in ("whole", "run")]
+    assert weights[0] == weights[1]
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("whole", "run")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty"])
+def test_a_damaged_baseline_is_not_held_against_the_methods(damage: str, tmp_path: Path) -> None:
+    methods = {"half": Prune(0.5)}
+    run(methods, tmp_path / "run", epochs=0)
+    (tmp_path / "run" / "compressions.jsonl").unlink()
+    artifact = tmp_path / "run" / "baseline.onnx"
+    before = artifact.read_bytes()
+    artifact.unlink() if damage == "missing" else artifact.write_bytes(b"")
+    found = run(methods, tmp_path / "run", epochs=0, resume=True)
+    assert found.rows[0].error is None
+    assert artifact.read_bytes() == before
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanders:
+    """Changes the working directory."""
+
+    folder: str
+
+    def __call__(self, model, task, *, budget=None, seed=0, progress=None):
+        os.chdir(self.folder)
+        return model
+
+
+def test_a_method_that_changes_the_directory_leaves_the_files_in_theirs(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    assert run({"lost": Wanders(str(tmp_path / "elsewhere"))}, "run", epochs=0).rows[0].error is None
+    assert (tmp_path / "run" / "comparison.html").exists()
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("compressions.jsonl", "{}\n"),
+        ("compressions.jsonl", "[1]\n"),
+        ("compressions.jsonl", json.dumps({**Row("half").to_dict(), "val": "many"}) + "\n"),
+        ("compressions.jsonl", json.dumps({**Row("half").to_dict(), "ratio": {"median": 1.0}}) + "\n"),
+        ("baseline.json", "[]\n"),
+        ("baseline.json", '{"val": 1.0, "cost": null}\n'),
+        ("run.json", "[]\n"),
+    ],
+)
+def test_files_edited_by_hand_are_named(
+    file: str, text: str, finished: tuple[Comparison, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished[1], tmp_path / "run")
+    (folder / file).write_text(text)
+    methods = {"half": Prune(0.5), "thin": Thin(), "broken": Broken(), "both": Chain([Prune(0.5), Int8()])}
+    with pytest.raises(CorruptRunError, match=file):
+        run(methods, folder, epochs=1, resume=True)
+
+
+def test_a_page_of_a_task_whose_name_no_file_can_hold(finished: tuple[Comparison, Path], tmp_path: Path) -> None:
+    odd = dataclasses.replace(finished[0], task="<caf\udce9>", seed=None, machine=None)
+    page = odd.save(tmp_path / "odd.html").read_text()
+    assert "<h1>Compression of &lt;caf\\udce9&gt;</h1>" in page
+    assert "<p>The baseline takes " in page
+
+
+def test_labels_of_neighbours_stand_apart() -> None:
+    points, widths = [(80.0, 150.0)] * 6 + [(390.0, 299.0)], [60.0, 90.0, 40.0, 60.0, 60.0, 70.0, 70.0]
+    moves = _placed(points, widths)
+    assert moves[0] == (7, 5.0)  # where it was before there were others
+    starts = [
+        x + across - width * (across < 0) for (x, _), (across, _), width in zip(points, moves, widths, strict=True)
+    ]
+    feet = [y + up for (_, y), (_, up) in zip(points, moves, strict=True)]
+    boxes = list(zip(starts, feet, widths, strict=True))
+    for (start, foot, width), (other, below, _) in itertools.permutations(boxes, 2):
+        assert other < start or other > start + width or abs(foot - below) >= 13
+    assert all(0 <= start <= 400 - width and 0 <= foot <= 287 for start, foot, width in boxes)

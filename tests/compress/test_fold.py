@@ -164,3 +164,18 @@ def test_what_is_frozen_stays_frozen(free):
     found = Int8()(copy.deepcopy(model), task_of(model, torch.randn(4, 2, 6, 6)))
     trains = {name: value.requires_grad for name, value in found.named_parameters()}
     assert trains == {"0.weight": free != "none", "0.bias": free != "none", "2.weight": True, "2.bias": True}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("momentum", [0.01, None])
+def test_thawed_norms_follow_the_data_as_fast_as_the_given_ones(momentum, in_place):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3, momentum=momentum), nn.ReLU(in_place)).eval()
+    inputs = torch.randn(4, 2, 6, 6)
+    module = trace(model, task_of(model, inputs))
+    assert thaw(module) == 1
+    [norm] = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    for each in (model, module):
+        each.train()(inputs)
+    torch.testing.assert_close(norm.running_mean, model[1].running_mean)
+    torch.testing.assert_close(norm.running_var, model[1].running_var)

@@ -123,6 +123,10 @@ def test_the_length_of_the_step_does_not_depend_on_that_of_the_gradient() -> Non
         step = _scaled([factor * part for part in gradient])
         torch.testing.assert_close(step[0], gradient[0] / 12.5**0.5)
         assert not step[1].any()
+    for dtype in (torch.float16, torch.bfloat16):
+        step = _scaled([1e-4 * part.to(dtype) for part in gradient])
+        torch.testing.assert_close(step[0], (gradient[0] / 12.5**0.5).to(dtype))
+        assert not step[1].any()
     leaf = torch.tensor([3.0, -4.0], requires_grad=True)
     _scaled([leaf**2])[0].sum().backward()  # the root mean square counts as constant
     torch.testing.assert_close(leaf.grad, torch.tensor([6.0, -8.0]) / ((81 + 256) / 2) ** 0.5)
@@ -166,6 +170,19 @@ def test_runs_on_models_of_many_kinds(name) -> None:
     assert found.outputs(result, found.example()).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_runs_on_models_of_other_types(dtype) -> None:
+    found = task()
+    splits = [TensorDataset(part.tensors[0].to(dtype), part.tensors[1]) for part in (found.data.train,) * 3]
+    found = dataclasses.replace(found, data=Data(*splits), model=lambda: small().to(dtype))
+    before = found.build(seed=1)
+    result = MetaAug(calibration_items=16)(before, found, budget=1)
+    assert result(found.example()).dtype == dtype
+    assert not torch.equal(
+        result(found.example()), MetaAug(calibration_items=16)(before, found, budget=0)(found.example())
+    )
+
+
 def test_conformance() -> None:
     check_transform(lambda: MetaAug(calibration_items=8), models=small_tasks()[:2], onnx_tolerance=0.05)
 
@@ -193,6 +210,10 @@ def test_what_cannot_be_varied_or_rounded() -> None:
     with pytest.raises(TransformError, match="varies inputs of floating point"):
         MetaAug()(tokens.build(), tokens)
     assert isinstance(MetaAug(strength=0.0)(tokens.build(), tokens, budget=0.0), nn.Module)
+    volumes = [TensorDataset(torch.randn(8, 1, 1, 2, 1, 2), torch.zeros(8).long()) for _ in range(3)]
+    deep = task(model=nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), data=Data(*volumes))
+    with pytest.raises(TransformError, match=r"of task 'blobs' are torch\.float32 in 6 dimensions"):
+        MetaAug()(deep.build(), deep)
     nothing = task(model=nn.Softmax(1))
     with pytest.raises(TransformError, match="no convolution or linear layer"):
         MetaAug()(nothing.build(), nothing)

@@ -389,3 +389,60 @@ def test_a_parameterization_is_resumed(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
         always = fit(found.build(0), found, recipe).model
         assert not torch.equal(next(whole.parameters()), next(always.parameters())), "it did end"
+
+
+def stopping(at: int) -> Callable[[Any], None]:
+    def stop(record: Any) -> None:
+        if record.step == at:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_a_recipe_that_no_checkpoint_can_hold_is_refused_at_the_start(tmp_path: Path) -> None:
+    settings = {"base": torch.optim.SGD, "lr": 0.1}
+    recipe = SGD.replace(optimizer="netwright.optim:OptEx.over", optimizer_settings=settings)
+    model, seen = task().build(0), []
+    with pytest.raises(RecipeError, match=r"optimizer_settings\['base'\]"):
+        fit(model, task(), recipe, checkpoint=tmp_path / "state", callbacks=[seen.append])
+    assert not seen
+    fit(model, task(), recipe)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("method", ["weight_conditioning", "BackwardModulation", "mup"])
+def test_a_parameterized_fit_that_was_cut_short_starts_again_with_the_same_model(
+    tmp_path: Path, method: str, saved: bool
+) -> None:
+    def network(width: int = 6) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1))
+
+    torch.manual_seed(0)
+    model = network()
+    base = {"base": {name: list(value.shape) for name, value in network(2).named_parameters()}}
+    recipe = SGD.replace(
+        parameterization=f"netwright.param:{method}",
+        parameterization_settings=base | {"lr": 0.01} if method == "mup" else {},
+    )
+    whole = fit(copy.deepcopy(model), task(), recipe, seed=2).model
+    settings: dict[str, Any] = {"seed": 2, "checkpoint": tmp_path / "state"}
+    given = copy.deepcopy(model)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, task(), recipe, callbacks=[stopping(6)], checkpoint_seconds=0.0 if saved else 1e6, **settings)
+    assert same(model, given)
+    assert not model._forward_hooks
+    fit(model, task(), recipe, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+
+
+def test_a_parameterized_fit_that_was_cut_short_leaves_what_it_learned_in_plain_weights() -> None:
+    recipe = SGD.replace(parameterization=f"{HERE}:normalized", optimizer_settings={"lr": 0.05})
+    model = task().build(0)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, task(), recipe, callbacks=[stopping(6)])
+    assert list(model.state_dict()) == ["weight", "bias"]
+    assert not same(model, task().build(0))
+    refused = recipe.replace(optimizer_settings={"rate": 0.05})
+    with pytest.raises(RecipeError, match="refuses the settings"):
+        fit(model, task(), refused)
+    assert not parametrize.is_parametrized(model)

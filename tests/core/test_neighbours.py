@@ -88,6 +88,20 @@ def test_another_process_and_another_machine_see_them(source: str, tmp_path: Pat
     assert elsewhere(task, tmp_path, remove=folder) == ["Net", "3"]
 
 
+def test_a_module_of_a_package_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "apackage", AT_TOP.replace("from mynet", "from .mynet"))
+    (tmp_path / "apackage" / "__init__.py").write_text("")
+    with pytest.raises(TaskError, match=f"write apackage.mine:name from {tmp_path}"):
+        load_task(f"{tmp_path}/apackage/mine.py:task")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.chdir(tmp_path)
+    task = load_task("apackage.mine:task")
+    assert width(task.build()) == 3
+    monkeypatch.chdir("/")
+    assert elsewhere(task, tmp_path) == ["Net", "3"]
+    assert elsewhere(task, tmp_path, remove=tmp_path / "apackage") == ["Net", "3"]
+
+
 def test_what_is_imported_only_later(tmp_path: Path) -> None:
     task = load_task(written(tmp_path / "a", IN_BUILDER))
     assert elsewhere(task, tmp_path) == ["Net", "3"]

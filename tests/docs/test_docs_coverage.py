@@ -40,6 +40,12 @@ def test_every_public_name_stands_in_the_pages(built: Path) -> None:
     assert not [export.target for export in public_exports() if export.target not in ids]
 
 
+def test_no_page_of_sphinx_takes_the_place_of_ours(built: Path) -> None:
+    for source in DOCS.glob("*.md"):
+        heading = source.read_text().splitlines()[0].removeprefix("# ")
+        assert f"<h1>{heading}<a" in (built / f"{source.stem}.html").read_text(), source.name
+
+
 def test_no_page_loads_anything_from_elsewhere(built: Path) -> None:
     for page in built.rglob("*.html"):
         loaded = re.findall(r'<(?:script|link|img|iframe)[^>]*?(?:src|href)="(?:https?:)?//[^"]*"', page.read_text())

@@ -106,6 +106,18 @@ def test_gradients_of_several_types_are_clipped_together():
     assert [param.grad.dtype for param in params] == kinds
 
 
+def test_gradients_that_are_conjugated_on_reading_are_clipped():
+    param = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    for scale in (1.0, 2.0):
+        param.grad = torch.tensor([3.0 + 0.0j, 4.0j]).mul_(scale).conj()
+        assert float(AutoClip(0.0)([param])) == pytest.approx(5.0 * scale)
+    clip = AutoClip(0.0)
+    for scale in (1.0, 2.0):
+        param.grad = torch.tensor([3.0 + 0.0j, 4.0j]).mul_(scale).conj()
+        clip([param])
+    assert torch.allclose(param.grad, torch.tensor([3.0 + 0.0j, -4.0j]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_norms_are_summed_in_single_precision(dtype):
     params = _params((100_000,), dtype=dtype)

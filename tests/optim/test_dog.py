@@ -156,6 +156,57 @@ def test_a_parameter_without_a_gradient_counts_where_it_is(apart, form):
     assert abs(iterates[-1][3] - START[3]) > 0.5
 
 
+@pytest.mark.parametrize("form", [{}, {"fused": False}, {"foreach": True}])
+def test_tiny_movements_of_half_precision_add_up(form):
+    """The path is that of float32 weights, whose first movements are below bfloat16's resolution."""
+
+    def path(dtype):
+        weight = torch.full((50,), 3.0, dtype=dtype, requires_grad=True)
+        optimizer = DoG([weight], weight_decay=0.1, **form)
+        for _ in range(200):
+            optimizer.zero_grad()
+            weight.float().square().mean().backward()
+            optimizer.step()
+        before = weight.detach().clone()
+        with optimizer.averaged():
+            average = weight.detach().clone()
+        assert torch.equal(weight, before)
+        return before, average
+
+    for half, full in zip(path(torch.bfloat16), path(torch.float32), strict=True):
+        assert half.dtype == torch.bfloat16
+        assert abs(float(full[0]) - 3.0) > 0.1
+        torch.testing.assert_close(half.float(), full, rtol=0.02, atol=0.02)
+
+
+def test_half_precision_resumes_and_follows_what_others_write():
+    weight = torch.full((8,), 4.0, dtype=torch.bfloat16, requires_grad=True)
+    other = weight.detach().clone().requires_grad_()
+    optimizer, resumed = DoG([weight]), DoG([other])
+
+    def run(value, method):
+        for _ in range(30):
+            method.zero_grad()
+            value.float().square().sum().backward()
+            method.step()
+
+    run(weight, optimizer)
+    with torch.no_grad():
+        other.copy_(weight)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert {resumed.state[other][name].dtype for name in ("start", "average", "point")} == {torch.float32}
+    run(weight, optimizer)
+    run(other, resumed)
+    assert torch.equal(weight, other)
+    with torch.no_grad():
+        weight.zero_()
+    optimizer.zero_grad()
+    optimizer.step()
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.equal(weight, torch.zeros_like(weight))
+
+
 def test_zero_gradient_moves_nothing():
     weights = split()
     optimizer = DoG(weights, eps=0.0)

@@ -339,6 +339,14 @@ def test_other_models_are_refused(model, message):
         OptimalInputGain(model.parameters(), model)
 
 
+def test_no_group_is_added_later():
+    model = perceptron()
+    optimizer = OptimalInputGain(model.parameters(), model)
+    with pytest.raises(SettingError, match="takes no further group"):
+        optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)]})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_parameters_must_be_the_models():
     model = perceptron()
     with pytest.raises(SettingError, match="2 of the model's are missing and 0 are not its own"):

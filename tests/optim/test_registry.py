@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -132,12 +133,87 @@ def test_names_are_forgiving() -> None:
         ("xyzzy", {}, "Known are lion"),
         ("lion", {"beta": 1}, "lion refuses the settings"),
         ("lion", {"lr": -1.0}, "Lion: lr must be"),
+        ("adamw", {"lr": -1.0}, r"adamw refuses the settings \['lr'\]: Invalid learning rate: -1.0\."),
         ("kfac", {}, r"create\('kfac', model"),
     ],
 )
 def test_mistakes_are_named(name: str, settings: dict, words: str) -> None:
     with pytest.raises(SettingError, match=words):
         create(name, network().parameters(), **settings)
+
+
+def conjugated(lazily: bool, name: str) -> Tensor:
+    """A complex parameter after steps along gradients that are conjugated on reading, or are resolved."""
+    weight = nn.Parameter(torch.tensor([1.0 + 2.0j, -3.0 + 0.5j]))
+    optimizer = create(name, [weight], **SETTINGS.get(name, {}))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = torch.view_as_real(weight.conj().resolve_conj()).square().sum()
+        loss.backward()
+        assert weight.grad is not None
+        assert weight.grad.is_conj()
+        weight.grad = weight.grad if lazily else weight.grad.resolve_conj()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    return weight.detach()
+
+
+COMPLEX = [name for name, record in available().items() if "netwright" in record.object and record.complex]
+
+
+@pytest.mark.parametrize("name", [name for name in COMPLEX if not available()[name].needs_model])
+def test_gradients_that_are_conjugated_on_reading_are_taken(name: str) -> None:
+    assert torch.equal(conjugated(True, name), conjugated(False, name))
+
+
+@pytest.mark.parametrize("name", [name for name, record in available().items() if "netwright" in record.object])
+def test_hooks_on_states_are_called_and_hand_them_over(name: str) -> None:
+    optimizer, _ = steps(name, 2)
+    heard: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda _: heard.append("saves"))
+    optimizer.register_state_dict_post_hook(lambda _, state: heard.append("saved") or {"within": state})
+    state = optimizer.state_dict()
+    assert heard == ["saves", "saved"]
+    assert list(state) == ["within"]
+    other, _ = steps(name, 1)
+    other.register_load_state_dict_pre_hook(lambda _, state: heard.append("loads") or state["within"])
+    other.register_load_state_dict_post_hook(lambda _: heard.append("loaded"))
+    other.load_state_dict(state)
+    assert heard[2:] == ["loads", "loaded"]
+    again, before = other.state_dict(), state["within"]
+    assert again.keys() == before.keys()
+    assert torch.utils._pytree.tree_map(_plain, again) == torch.utils._pytree.tree_map(_plain, before)
+
+
+def _plain(value: object) -> object:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def test_groups_are_refused_where_modules_make_them() -> None:
+    model = network()
+    groups = [{"params": [param], "lr": 0.1} for param in model.parameters()]
+    with pytest.raises(SettingError, match=r"makes its groups from the model's modules"):
+        create("agvm", groups, model=model)
+
+
+@pytest.mark.parametrize("name", ["lion", "dog", "mfac", "shampoo"])
+def test_numbers_of_numpy_are_taken_as_pythons(name: str) -> None:
+    settings = SETTINGS.get(name, {})
+    models = network(), network()
+    optimizers = [
+        create(name, model, lr=lr, **settings)
+        for model, lr in zip(models, (np.float32(0.25), 0.25), strict=True)  # a power of two
+    ]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(5, 6)).square().sum().backward()
+            optimizer.step()
+    assert type(optimizers[0].param_groups[0]["lr"]) is float
+    assert all(torch.equal(one, two) for one, two in zip(*(model.parameters() for model in models), strict=True))
 
 
 def test_no_parameters() -> None:

@@ -174,6 +174,7 @@ def broken(change):
         (lambda: nn.Sequential(nn.LazyConv2d(3, 3)), {}, "layer '0' is lazy"),
         (lambda: mlp().to(torch.bfloat16), {}, "0.weight is of torch.bfloat16, and angles need float32"),
         (lambda: nn.Linear(2, 2, dtype=torch.complex64), {}, "weight is of torch.complex64"),
+        (lambda: nn.Linear(2, 2, device="meta"), {}, "weight is on the meta device and has no values"),
         (lambda: weight_norm(nn.Linear(2, 2)), {}, "weight is not a plain parameter of ParametrizedLinear"),
         (lambda: geometric_parameterization(mlp()), {}, "0.weight is not a plain parameter"),
         (lambda: weight_norm(nn.Conv1d(2, 2, 1), "weight"), {"include": ["x"]}, "include names no layer 'x'"),

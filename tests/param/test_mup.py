@@ -10,13 +10,17 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations, parametrize
 
 from netwright.core.errors import SettingError
 from netwright.core.optimization import Parameterization, make_optimizer
 from netwright.core.recipe import Recipe
 from netwright.optim.kfac import KFAC
 from netwright.optim.shampoo import Shampoo
+from netwright.param.fold import fold
+from netwright.param.geometric_parameterization import geometric_parameterization
 from netwright.param.mup import coordinate_check, mup, shapes_of
+from netwright.param.weight_conditioning import weight_conditioning
 
 DAMPING = {"sgd": None, "adam": 1e-8, "kfac": 1e-4, "shampoo": 1e-4}
 
@@ -326,6 +330,11 @@ class Tied(nn.Module):
         return self.out(self.embed(tokens))
 
 
+class Named(Tied):
+    def forward(self, tokens):
+        return self.out(input=self.embed(tokens))
+
+
 def test_a_tied_output_has_its_input_divided():
     model = Tied(64)
     plain = copy.deepcopy(model)
@@ -338,6 +347,10 @@ def test_a_tied_output_has_its_input_divided():
         torch.testing.assert_close(copied(tokens), wanted)
     mup(model, Tied(16), initialization="keep")
     torch.testing.assert_close(model(tokens), wanted)
+    named = Named(64)
+    mup(named, Tied(16))
+    named.load_state_dict(model.state_dict())
+    torch.testing.assert_close(named(tokens), wanted)
 
 
 def test_keep_gives_a_tied_output_its_divisor_where_it_has_none():
@@ -426,6 +439,33 @@ def test_bad_settings(options, words):
     with pytest.raises(SettingError, match=words):
         mup(model, **{"base": network(16), **options})
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        parametrizations.weight_norm,
+        weight_conditioning,
+        geometric_parameterization,
+        lambda layer: nn.utils.spectral_norm(layer),
+        lambda layer: nn.utils.weight_norm(layer),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_that_are_computed_have_no_role(rewrite):
+    def rewritten(width):
+        model = network(width)
+        rewrite(model[2])
+        return model
+
+    model = rewritten(64)
+    before = copy.deepcopy(model.state_dict())
+    for initialization in ("fan_in", "keep"):
+        with pytest.raises(SettingError, match="layer '2' computes its weight from other parameters"):
+            mup(model, rewritten(16), initialization=initialization)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    if parametrize.is_parametrized(model[2]):
+        mup(fold(model), network(16))
 
 
 def test_more_bad_models():

@@ -90,6 +90,18 @@ def test_initialization(kind, gain):
         assert float(orthonormal(layer, 1.0)().detach()) < 1e-9
 
 
+@pytest.mark.parametrize("sizes", [(5, 3), (3, 5), (4, 4)])
+def test_complex_filters(sizes):
+    layer = nn.Linear(*sizes, bias=False, dtype=torch.complex128)
+    penalty = orthonormal(layer, 2.0)
+    squares = torch.linalg.svdvals(layer.weight.detach()).square()
+    torch.testing.assert_close(penalty().detach(), (squares - 1).square().sum())
+    assert torch.autograd.gradcheck(lambda _: penalty(), [layer.weight])
+    orthonormal_(layer, generator=torch.Generator().manual_seed(0))
+    assert float(penalty().detach()) < 1e-20
+    assert float(layer.weight.detach().imag.abs().max()) > 0.1
+
+
 def test_initialization_is_haar():
     """Over draws the mean of each entry is 0 and of its square 1/n: no axis is preferred."""
     generator = torch.Generator().manual_seed(3)

@@ -196,6 +196,26 @@ def test_no_evaluation_at_all(tmp_path: Path) -> None:
     assert "How the search went" not in words
 
 
+@pytest.mark.parametrize(
+    ("empty", "sentence", "legend"),
+    [
+        ((), "The baseline's training and the chosen network's full recovery.", "Chosen Baseline"),
+        (("baseline",), "The chosen network's full recovery.", "Chosen"),
+        (("chosen",), "The baseline's training.", "Baseline"),
+    ],
+)
+def test_curves_are_named_where_there_are_any(
+    empty: tuple[str, ...], sentence: str, legend: str, tmp_path: Path
+) -> None:
+    run = write_example(tmp_path / "run", evaluations=5)
+    rewrite(run / "history.json", **{key: [] for key in empty})
+    text = write_report(run).read_text(encoding="utf-8")
+    section = text.partition('id="h-curves"')[2].partition("</section>")[0]
+    assert f"<p>{sentence}</p>" in section
+    shown = re.sub("<[^>]*>", " ", section.partition('<ul class="legend"')[2].partition(">")[2])
+    assert " ".join(shown.split()) == legend
+
+
 def test_an_unfinished_run(tmp_path: Path) -> None:
     run = write_example(tmp_path / "run", evaluations=9)
     for name in ("result.json", "history.json", "layers.json"):
@@ -245,3 +265,11 @@ def test_removed_layers_are_called_removed(tmp_path: Path) -> None:
 def test_the_same_run_gives_the_same_words(whole: tuple[Path, Page]) -> None:
     assert page_of(whole[0]).words == whole[1].words
     assert replace(read_run(whole[0]), path=Path()) == replace(read_run(whole[0]), path=Path())
+
+
+def test_a_text_that_is_no_unicode_is_shown_by_its_code(tmp_path: Path) -> None:
+    run = write_example(tmp_path / "run", evaluations=12)
+    rewrite(run / "run.json", description="of caf\udce9.py", command="netwright optimize caf\udce9.py:task")
+    words = page_of(run).words
+    assert "of caf\\udce9.py" in words
+    assert "netwright optimize caf\\udce9.py:task" in words

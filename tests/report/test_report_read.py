@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netwright.core.errors import CorruptRunError
-from netwright.report import read_run
+from netwright.report import read_run, write_report
 from netwright.report.fields import Fields
 
 
@@ -147,7 +147,7 @@ def test_optional_parts_are_left_out_with_a_sentence(run: Path) -> None:
 
 
 @settings(max_examples=30)
-@given(cut=st.integers(1, 400))
+@given(cut=st.integers(2, 400))
 def test_a_torn_last_line_costs_only_itself(whole: Path, cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     torn = tmp_path_factory.mktemp("torn")
     for name in ("run.json", "result.json", "history.json", "layers.json"):
@@ -158,6 +158,44 @@ def test_a_torn_last_line_costs_only_itself(whole: Path, cut: int, tmp_path_fact
     found = read_run(torn)
     assert [entry.trial for entry in found.evaluations] == list(range(59))
     assert found.remarks == ("The last line of evaluations.jsonl (line 60) was torn off, so it is not counted.",)
+
+
+def test_a_last_line_that_only_lacks_its_end_counts(run: Path) -> None:
+    log = run / "evaluations.jsonl"
+    log.write_text(log.read_text().rstrip("\n"))
+    assert len(read_run(run).evaluations) == 12
+    log.write_text(log.read_text() + "\n}{\n")
+    assert read_run(run).remarks == ("1 damaged lines of evaluations.jsonl are not counted (lines 13).",)
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("name", ["run.json", "result.json"])
+def test_a_file_nested_too_deep_is_named(run: Path, name: str) -> None:
+    (run / name).write_text(DEEP)
+    with pytest.raises(CorruptRunError, match=rf"{name} is not valid JSON"):
+        read_run(run)
+    with pytest.raises(CorruptRunError, match=rf"{name} is not valid JSON"):
+        write_report(run)
+
+
+def test_parts_nested_too_deep_are_left_out(run: Path) -> None:
+    for name in ("history.json", "layers.json"):
+        (run / name).write_text(DEEP)
+    with (run / "evaluations.jsonl").open("a") as log:
+        log.write(DEEP + "\n")
+    found = read_run(run)
+    assert (found.history, found.layers, len(found.evaluations), len(found.remarks)) == ({}, (), 12, 3)
+
+
+def test_figures_that_cannot_be_are_named(run: Path) -> None:
+    whole = json.loads((run / "result.json").read_text())["baseline"]
+    times = {**whole["latency_ms"], "median": 0.0}
+    for damage, words in (({"size_bytes": 10**400}, "'size_bytes' should be a"), ({"latency_ms": times}, "above 0")):
+        change(run / "result.json", baseline={**whole, **damage})
+        with pytest.raises(CorruptRunError, match=words):
+            read_run(run)
 
 
 def test_a_damaged_line_in_the_middle_is_counted_out(run: Path) -> None:

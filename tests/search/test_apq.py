@@ -260,3 +260,17 @@ def test_bad_settings(settings, error, words):
 def test_settings_that_do_not_fit_the_study(settings, words):
     with pytest.raises(SettingError, match=words):
         searched(APQSampler(SPACE, BITS, start=4, batch=4, seed=0, **SMALL, **settings), trials=6)
+
+
+def test_predict_refuses_what_is_no_candidate():
+    sampler = APQSampler(SPACE, BITS, start=4, batch=4, seed=0, **SMALL)
+    study = searched(sampler, 6)
+    good = {"width": 3, "bits": 4, "kernel": 3, "head_bits": 2}
+    assert np.isfinite(sampler.predict(study, [good])).all()
+    for change, words in (({"width": 99}, "'width' must be one of 1 to 16"), ({"more": 1}, "'more' is no decision")):
+        with pytest.raises(SpaceError, match=words):
+            sampler.predict(study, [good, good | change])
+    shared = APQSampler(start=4, batch=4, seed=0, **SMALL)
+    assert np.isfinite(shared.predict(study, [good | {"more": 1}])).all()
+    with pytest.raises(SpaceError, match="'width' must be one of 1 to 16"):
+        shared.predict(study, [good | {"width": 99}])

@@ -7,7 +7,7 @@ from optuna.samplers import RandomSampler
 from scipy.stats import kendalltau
 
 from netwright.core.errors import SettingError
-from netwright.search import SearchSpace, importance, predictor_quality, run
+from netwright.search import Rule, SearchSpace, importance, predictor_quality, run
 from netwright.search._encoding import Encoding
 from netwright.search.predictors import TreeEnsemble, stack
 
@@ -50,6 +50,29 @@ def test_importance_is_the_error_that_a_shuffle_adds(found):
     base = ((trees.predict(encoding.features(genes))[0] - y) ** 2).mean()
     expected = {name: (np.mean(each) - base) / y.var() for name, each in errors.items()}
     assert importance(found, SPACE, seed=4)["low"] == pytest.approx(expected)
+
+
+def test_importance_asks_nothing_about_candidates_that_break_a_rule():
+    """A shuffle that breaks a rule is left out of the mean, and features are never told of it."""
+    rule = Rule("b", lambda p: p["a"] + p["b"] <= 6, "the sum may not pass 6")
+    sums = {(a, b): float(a + b) for a in range(7) for b in range(7) if a + b <= 6}
+    decisions = {"a": IntDistribution(0, 6), "b": IntDistribution(0, 6), "c": IntDistribution(0, 6)}
+    space = SearchSpace(decisions, rules=[rule], features=lambda p: [sums[p["a"], p["b"]]])
+    options = {"evaluations": 60, "sampler": RandomSampler(seed=0), "progress": lambda *_: None}
+    found = run(space, lambda p: {"cost": 5.0 * p["a"] + p["b"]}, {"cost": "minimize"}, **options)
+    worth = importance(found, space)["cost"]
+    assert next(iter(worth)) == "a"
+    assert worth["a"] > 1
+    assert abs(worth["c"]) < 0.1
+
+
+def test_a_decision_that_no_shuffle_can_change_has_no_importance():
+    """Where every candidate lies on ``a + b == 9``, a shuffle of one of them breaks the rule or changes nothing."""
+    rule = Rule("b", lambda p: p["a"] + p["b"] == 9, "the sum must be 9")
+    space = SearchSpace({"a": IntDistribution(0, 9), "b": IntDistribution(0, 9)}, rules=[rule])
+    options = {"evaluations": 10, "sampler": RandomSampler(seed=0), "progress": lambda *_: None}
+    found = run(space, lambda p: {"cost": float(p["a"])}, {"cost": "minimize"}, **options)
+    assert importance(found, space)["cost"] == {"a": 0.0, "b": 0.0}
 
 
 def test_quality_is_the_rank_correlation_on_later_candidates(found):

@@ -127,6 +127,17 @@ def test_one_old_trial_with_a_further_decision_lets_no_other_be_repeated():
     assert len(set(points(study.trials[1:]))) == 30
 
 
+def test_trials_that_break_a_rule_are_not_learned_from_where_features_know_others_only():
+    sums = {(x, y): x + y for x in range(21) for y in range(21) if x >= y}
+    rule = Rule("y", lambda p: p["x"] >= p["y"], "y may not pass x")
+    space = SearchSpace(SPACE.decisions, rules=[rule], features=lambda p: [sums[p["x"], p["y"]]])
+    study = optuna.create_study(sampler=small(space))
+    for _ in range(8):
+        study.add_trial(create_trial(value=0.0, params={"x": 1, "y": 2}, distributions=SPACE.decisions))
+    went_on(study, 20, space)
+    assert all(trial.params["x"] >= trial.params["y"] for trial in study.trials[8:])
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
 def test_trials_that_suggest_in_turns_take_the_proposals_in_their_own_order(order):
     study = went_on(optuna.create_study(sampler=small(SPACE)), 12)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from netwright.core.errors import DataError, MissingDataError, SettingError
-from netwright.search import nasbench201
+from netwright.search import NASBench201, SpaceError, nasbench201
 from netwright.search.nasbench201 import OPERATIONS, _read, cell_features, cell_graph
 
 HERE = pytest.mark.skipif(
@@ -76,6 +76,13 @@ def test_the_table():
     assert max(table.accuracy[c] for c in disconnected) < min(
         table.accuracy[c] for c in table.accuracy if c not in disconnected
     )
+
+
+@pytest.mark.parametrize("params", [{"op0": "none"}, dict.fromkeys([f"op{edge}" for edge in range(6)], "nor_conv_5x5")])
+@pytest.mark.parametrize("asked", [NASBench201("cifar10", {}, {}).evaluate, cell_features, cell_graph])
+def test_what_is_no_cell_is_refused(asked, params):
+    with pytest.raises(SpaceError, match="A cell has op0 to op5, each of them one of none, skip_connect, nor_conv_1x1"):
+        asked(params)
 
 
 @pytest.mark.parametrize(("factor", "fits"), [(1e-3, True), (1.0, False), (1e-6, False)])

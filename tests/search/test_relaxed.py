@@ -215,6 +215,8 @@ def test_an_interrupted_search_ends_as_one_that_was_not(kind, tmp_path):
 def test_bad_input(kind):
     with pytest.raises(SettingError, match="Sequential has no Mixed part"):
         kind().search(nn.Sequential(nn.Linear(4, 3)), task())
+    with pytest.raises(SettingError, match="Mixed has no trainable weights beside the alphas"):
+        kind().search(Mixed({"skip": nn.Identity(), "relu": nn.ReLU()}), task())
     with pytest.raises(TaskError, match="needs two"):
         kind().search(network(), task(count=1))
     broken = task(model=lambda: nn.Sequential(edge(), nn.Linear(4, 3)))
@@ -239,6 +241,10 @@ def test_bad_edges():
         derive(network(), {"x": "skip"})
     with pytest.raises(SettingError, match="no operation 'conv'"):
         derive(network(), {"0": "conv"})
+    with pytest.raises(SettingError, match="no Mixed at 'x'"), on_path(network(), {"x": "skip"}):
+        pass
+    with pytest.raises(SettingError, match="no operation 'conv'"), on_path(network(), {"0": "conv"}):
+        pass
     with pytest.raises(SettingError, match="No operation 'conv_9x9'"):
         cell_network(1, 10, kinds=("skip", "conv_9x9"))
     with pytest.raises(SettingError, match="6 edges, got 1 alphas"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 from concurrent.futures import wait
 from pathlib import Path
 
@@ -243,7 +244,7 @@ def answers(workers):
 
 def test_a_candidate_that_cannot_be_sent_fails_alone():
     workers = Workers(with_more, 2)
-    workers.submit("bad", {"a": lambda: None})
+    workers.submit("bad", {"a": threading.Lock()})
     workers.submit("good", {"a": 2, "b": 0})
     found = answers(workers)
     assert found["bad"].error.startswith("it cannot be sent between processes: ")

@@ -1,14 +1,17 @@
 """Spaces: what belongs, what counts, who is to blame; genes and features of candidates."""
 
+import copy
 import itertools
+import pickle
 
 import numpy as np
+import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from netwright.search import Graph, Rule, SearchSpace, SpaceError
+from netwright.search import Graph, LINASSampler, Rule, SearchSpace, SpaceError
 from netwright.search._encoding import Encoding
 from netwright.search.space import from_unit, to_unit, values
 
@@ -37,6 +40,23 @@ def test_check_names_the_decision_to_blame():
             BLOCKS.check(params)
 
 
+def _holds(params):
+    return params["a"] > 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda space: pickle.loads(pickle.dumps(space))])
+def test_a_space_and_what_holds_one_can_be_copied(copied):
+    space = SearchSpace(
+        {"a": IntDistribution(0, 3), "b": IntDistribution(0, 1)}, [Rule("a", _holds, "2")], {"b": _holds}
+    )
+    assert copied(space) == space
+    with pytest.raises(TypeError):
+        copied(space).decisions["c"] = IntDistribution(0, 1)
+    sampler = LINASSampler(space, seed=3)
+    trials = [optuna.create_study(sampler=each).ask(dict(space.decisions)) for each in (sampler, copied(sampler))]
+    assert trials[0].params == trials[1].params
+
+
 def test_decisions_that_do_not_count_make_no_difference():
     one, other = {"blocks": 1, "width1": 32, "width2": 8}, {"blocks": 1, "width1": 32, "width2": 16}
     assert BLOCKS.valid(one)
@@ -45,6 +65,21 @@ def test_decisions_that_do_not_count_make_no_difference():
     rows = np.array([encoding.genes(one), encoding.genes(other)])
     assert len(set(encoding.keys(rows))) == 1
     np.testing.assert_array_equal(*encoding.features(rows))
+
+
+def test_a_space_describes_valid_candidates_only():
+    areas = {(w, g): w / g for w in range(1, 9) for g in (1, 2, 3) if w % g == 0}
+    space = SearchSpace(
+        {"w": IntDistribution(1, 8), "g": CategoricalDistribution((1, 2, 3))},
+        rules=[Rule("g", lambda p: p["w"] % p["g"] == 0, "it must divide w")],
+        features=lambda p: [areas[p["w"], p["g"]]],
+        active={"g": lambda p: p["w"] > 0},
+    )
+    encoding = Encoding(space)
+    rows = encoding.rows([{"w": w, "g": g} for w in range(1, 9) for g in (1, 2, 3)])
+    assert len(set(encoding.keys(rows))) == 24
+    valid = rows[encoding.valid(rows)]
+    assert encoding.features(valid)[:, -1].tolist() == list(areas.values())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Super-networks: extraction is slicing, masking is extraction, any class will do."""
 
+import importlib
 import itertools
 
 import numpy as np
@@ -251,3 +252,23 @@ def test_a_network_with_nothing_elastic_and_things_that_are_no_super_network():
         Measured(single, task_of(single, (6,)))
     with pytest.raises(SettingError, match="seconds must be positive"):
         Measured(Own(), task_of(single, (6,)), seconds=0)
+
+
+def test_masks_of_no_candidate_are_refused():
+    net = SuperNet(dense(), task_of(dense(), (6,)))
+    for params, words in (
+        ({"width/0": 5, "width/2": 2}, "'width/0' must be one of"),
+        ({"width/9": 3}, "is no decision"),
+    ):
+        with pytest.raises(SpaceError, match=words):
+            net.masks(params)
+
+
+@pytest.mark.parametrize(("items", "sizes"), [(512, [128] * 4), (129, [65, 65]), (200, [100, 100]), (7, [7])])
+def test_batch_norms_are_set_on_as_many_items_as_asked_for(items, sizes, monkeypatch):
+    seen = []
+    module = importlib.import_module("netwright.search.super_net")
+    monkeypatch.setattr(module, "reestimate", lambda model, inputs: seen.extend(len(each) for each in inputs))
+    net = SuperNet(dense(), task_of(dense(), (6,), items=600), items=items)
+    net.extract(net.smallest())
+    assert seen == sizes

@@ -17,6 +17,7 @@ from netwright.workshop.choice import (
     next_finalist,
     ranking,
     regain,
+    saves,
     shortfall,
 )
 from netwright.workshop.point import Point
@@ -96,6 +97,23 @@ def test_the_order_in_which_candidates_are_handed_back() -> None:
     ]
     assert ranking(expected[::-1], BASE, LATENCY, KEEP) == expected
     assert ranking(expected[3:] + expected[:3], BASE, LATENCY, KEEP) == expected
+
+
+@pytest.mark.parametrize(
+    ("one", "target", "expected"),
+    [
+        (point(0.9, 1.0, 0.3), "latency<=2s,size<=500KB", True),  # the latency is met as it is
+        (point(0.9, 1.0, 0.3), "latency<=0.4x,size<=500KB", True),  # nearer to the target, and nowhere further
+        (point(0.9, 1.1, 0.3), "latency<=0.4x,size<=500KB", False),
+        (point(0.9, 1.1, 0.3), "latency<=2s,size<=500KB", True),  # dearer than the baseline, and still allowed
+        (point(0.9, 1.0, 1.0), "latency<=2s,size<=500KB", False),
+        (point(0.9, 0.9, 0.9), "latency<=0.4x,size<=500KB", True),
+        (point(0.9, 0.9, 0.9), "latency<=2s", True),  # the baseline meets it, and so does this
+        (point(0.8, 0.1, 0.1), "latency<=2s", False),  # which the baseline does with more score
+    ],
+)
+def test_what_may_take_the_place_of_the_baseline(one: Point, target: str, expected: bool) -> None:
+    assert saves(one, BASE, parse_targets([target]), KEEP) is expected
 
 
 def test_a_reserve_of_score_goes_before_the_last_bit_of_cost() -> None:

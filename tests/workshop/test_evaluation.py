@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import os
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from subjects import INT8, RECIPE, prune, request, subject, weights_of
 from torch import Tensor, nn
 
+from netwright.core.errors import RunDirectoryError
 from netwright.core.evaluate import evaluate
 from netwright.core.fit import fit
 from netwright.core.onnx_module import OnnxModule
@@ -81,6 +83,12 @@ def test_what_is_delivered_is_what_was_measured(case: str, evaluated: Evaluated,
         assert (ours.argmax(1) == theirs.argmax(1)).float().mean() > 0.96
 
 
+def test_weights_that_cannot_be_delivered_are_a_clear_error(evaluated: Evaluated, tmp_path: Path) -> None:
+    base, outcomes, _ = evaluated
+    with pytest.raises(RunDirectoryError, match=r"Cannot write .*gone/"):
+        rebuild(base.model, base.task, outcomes["prune"], tmp_path / "gone")
+
+
 def test_the_baseline_stays_as_it_was(evaluated: Evaluated) -> None:
     base, _, before = evaluated
     assert base.model.state_dict().keys() == before.keys()
@@ -113,6 +121,14 @@ def test_the_same_request_gives_the_same_candidate(evaluated: Evaluated, room: Q
     assert [record.train_loss for record in first.history] == [record.train_loss for record in second.history]
     assert first.weights
     assert second.weights == b"", "weights come only when they are asked for"
+
+
+def test_the_curve_of_two_recoveries_goes_on(evaluated: Evaluated, room: QuietRoom) -> None:
+    history = Evaluator(subject(), room)(request(0, *CASES["both"], epochs=1.5)).history
+    for name in ("step", "epoch", "seconds"):
+        values = [getattr(record, name) for record in history]
+        assert all(before < after for before, after in itertools.pairwise(values)), name
+    assert history[-1].epoch == pytest.approx(1.5, abs=0.1)
 
 
 def test_recovery_helps_a_candidate_that_was_cut_hard(evaluated: Evaluated, room: QuietRoom) -> None:

@@ -1,5 +1,6 @@
 """Full recovery: who gets it, in which order, with how much time, and what is kept for it."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 from subjects import point
 from test_study import BASE, SPACE, open_run
 
+from netwright.core.errors import CorruptRunError
 from netwright.core.loop import Record
 from netwright.workshop.evaluation import Outcome, Request
 from netwright.workshop.finals import CLOSING, Finals
@@ -139,6 +141,29 @@ def test_what_was_recovered_before_an_interruption_is_not_recovered_again(tmp_pa
     assert [outcome.request.number for outcome in found] == [0, 1, 2]
     forget_outcomes(phase.run_directory)
     assert not list(phase.run_directory.path.glob("final*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("onnx", None),
+        ("safetensors", None),
+        ("json", {"seconds": "long"}),
+        ("json", {"steps": 3}),
+        ("json", {"point": {}}),
+    ],
+)
+def test_a_kept_recovery_that_was_damaged_is_named(name: str, damage: dict | None, tmp_path: Path) -> None:
+    phase = finals(tmp_path, CANDIDATES[:1])
+    bench = Bench(same(phase))
+    phase.run(bench, lambda: bench.now, lambda text: None)
+    place = phase.run_directory.path / f"final-00000.{name}"
+    whole = place.read_bytes()
+    place.unlink()
+    if damage is not None:
+        place.write_text(json.dumps({**json.loads(whole), **damage}))
+    with pytest.raises(CorruptRunError, match=place.name):
+        kept_outcomes(phase.run_directory)
 
 
 def test_where_nothing_keeps_the_score_one_is_recovered_early(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -83,6 +84,33 @@ def test_a_killed_worker_is_a_failed_outcome_and_its_place_is_filled(engine: Loc
     assert len(after) == 2
     assert before[0] not in after
     assert before[1] in after
+
+
+def orphaning(model: nn.Module, *, budget: float | None, seed: int, teacher: Any = None) -> None:
+    """Starts a helper, as a loader of data does, and dies of something else."""
+    helper = os.fork()
+    if helper == 0:
+        time.sleep(100)
+        os._exit(0)
+    (Path(os.environ["NETWRIGHT_TEST_PLACE"]) / str(helper)).touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_worker_started_goes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETWRIGHT_TEST_PLACE", str(tmp_path))
+    made = LocalEngine(subject(task=replace(tiny.task(), loss=None, fit=orphaning)), 1)
+    try:
+        made.submit(request(0, **SHORT))
+        (outcome,) = collect(made, 1)
+    finally:
+        made.close()
+    assert outcome.error is not None
+    assert "SIGKILL" in outcome.error
+    (helper,) = (int(entry.name) for entry in tmp_path.iterdir())
+    end = time.monotonic() + 10
+    while psutil.pid_exists(helper) and psutil.Process(helper).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_close_ends_busy_workers_at_once(engine: LocalEngine) -> None:

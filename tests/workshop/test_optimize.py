@@ -158,6 +158,20 @@ def test_where_everything_fails_the_cause_is_told(tmp_path: Path) -> None:
     assert all("saliency" not in line["params"] for line in lines(tmp_path / "run")), "no loss, no gradients"
 
 
+def test_a_limit_that_the_baseline_meets_throws_no_candidate_out(tmp_path: Path) -> None:
+    asked = job(tmp_path / "run", target="size<=1MB,macs<=1G", keep="score>=-1", steps=("int8",), evaluations=1)
+    result = run_job(asked)
+    assert result["status"] == "met", result["explanation"]
+    assert result["ratios"]["macs"] == 1.0
+    assert result["ratios"]["size"] < 1
+
+
+def test_a_target_that_the_baseline_meets_is_met(tmp_path: Path) -> None:
+    result = run_job(job(tmp_path / "run", target="macs<=1G", steps=("int8",), evaluations=1))
+    assert (result["status"], result["chosen"]) == ("met", None)
+    assert result["explanation"].startswith("The baseline meets macs<=1G already. No candidate cost less")
+
+
 def test_bad_input_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="No task 'nowhere'"):
         run_job(Job("nowhere", parse_targets(["latency<=0.5x"]), parse_keep("score>=-0.01"), 20.0, tmp_path / "run"))
@@ -306,6 +320,11 @@ def test_replay_refuses_what_is_no_recipe(finished: Path, tmp_path: Path) -> Non
     for folder, words in ((tmp_path, "it lacks"), (tmp_path / "empty", "holds no recipe.json: it is written when")):
         with pytest.raises(CorruptRunError, match=words):
             replay(folder, tmp_path / "again")
+    whole = json.loads((finished / "recipe.json").read_text())
+    for damage in ({"steps": [7]}, {"recovery": {"epochs": "many", "seed": 0}}, {"recovery": 3}, {"seed": None}):
+        (tmp_path / "recipe.json").write_text(json.dumps({**whole, **damage}))
+        with pytest.raises(CorruptRunError, match=r"recipe\.json does not hold a recipe"):
+            replay(tmp_path, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
@@ -317,6 +336,29 @@ def test_a_task_from_python_is_given_to_replay_again(finished: Path, tmp_path: P
         replay(tmp_path / "recipe.json", tmp_path / "again")
     with pytest.raises(TaskError, match="No task 'nowhere'"):
         replay(tmp_path / "recipe.json", tmp_path / "again", task="nowhere")
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_task_of_a_recipe_is_found_from_elsewhere(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = json.loads((finished / "recipe.json").read_text())
+    assert recipe["task_file"] == json.loads((finished / "run.json").read_text())["task_file"] == TINY[: -len(":task")]
+    (tmp_path / "mine.py").write_text("task = 'the file of the run'")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for file, words in (
+        (str(tmp_path / "mine.py"), f"{tmp_path}/mine.py:task is a str"),
+        ("/gone/mine.py", "names the task 'mine.py:task'.*nor is /gone/mine.py. Give it"),
+        (None, "names the task 'mine.py:task'.*from here. Give it"),
+    ):
+        named = {**recipe, "task": "mine.py:task", "task_file": file}
+        (tmp_path / "recipe.json").write_text(json.dumps(named))
+        with pytest.raises(TaskError, match=words):
+            replay(tmp_path / "recipe.json", tmp_path / "again")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TaskError, match=r"mine\.py:task is a str"):
+        replay(tmp_path / "recipe.json", tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 

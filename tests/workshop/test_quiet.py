@@ -1,5 +1,8 @@
 """The measuring lock between processes."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,3 +72,37 @@ def test_the_lock_of_a_killed_worker_goes_with_it(tmp_path: Path) -> None:
     start = time.monotonic()
     with QuietRoom(tmp_path).measure():
         assert time.monotonic() - start < 5
+
+
+_FORK = """
+import os, sys, time
+from pathlib import Path
+from netwright.workshop.quiet import QuietRoom
+room = QuietRoom(Path(sys.argv[1]))
+with room.work():
+    if os.fork() == 0:
+        os.kill(os.getppid(), 9)
+        with room.measure():  # by locks of its own
+            print(os.getpid(), flush=True)
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(60)
+"""
+
+
+def test_a_child_that_outlives_its_worker_does_not_keep_its_lock(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _FORK, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        child = int(worker.stdout.readline())
+        try:
+            assert worker.wait(10) == -signal.SIGKILL
+            measure = "from pathlib import Path; from netwright.workshop.quiet import QuietRoom\n"
+            measure += f"with QuietRoom(Path({str(tmp_path)!r})).measure(): print('alone')"
+            done = subprocess.run(
+                [sys.executable, "-c", measure], capture_output=True, text=True, timeout=60, check=False
+            )
+            assert done.stdout == "alone\n"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)

@@ -4,7 +4,8 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import tiny
@@ -12,8 +13,10 @@ import torch
 from torch.utils.data import Dataset
 
 from netwright.compress import Int8, compare
+from netwright.core.artifact import save_weights
 from netwright.core.data import Data
 from netwright.core.errors import CorruptRunError, NetwrightError, RunDirectoryError
+from netwright.core.graph import trace
 from netwright.core.recipe import Recipe
 from netwright.core.rundir import RunDirectory
 from netwright.core.task import load_task
@@ -29,6 +32,9 @@ from netwright.workshop import (
     train,
     training_entries,
 )
+from netwright.workshop.baseline import make_baseline
+from netwright.workshop.plan import make_plan
+from netwright.workshop.resuming import check_same
 
 TASK = "breast-cancer"
 SEARCH = {"kind": "search", "task": TASK, "trained_here": True, "seed": 0}
@@ -89,6 +95,72 @@ def test_settings_that_are_no_optimizations_are_named(settings: Any, tmp_path: P
         make_job(TASK, "macs<=0.5x", out=place, resume=True)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": "0"},
+        {"target": ["latency"]},
+        {"keep": {"score": 3}},
+        {"budget_s": "abc"},
+        {"budget_s": -1},
+        {"engine": "horse"},
+        {"workers": "2"},
+        {"evaluations": 1.5},
+        {"sampler": ["linas"]},
+        {"threads": None},
+    ],
+)
+def test_a_setting_that_was_damaged_is_named(change: dict[str, Any], tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "run").create({**OPTIMIZATION, **change}).close()
+    with pytest.raises(CorruptRunError, match=rf"run\.json is damaged: {next(iter(change))} cannot be"):
+        make_job(TASK, out=tmp_path / "run", resume=True)
+
+
+COST = {"latency_ms": {"median": 1, "p10": 1, "p90": 1, "batch": 1, "threads": 1, "runtime": "torch", "repeats": 1}}
+COST |= dict.fromkeys(("memory_bytes", "size_bytes", "macs", "parameters"), 1)  # type: ignore[arg-type]
+POINT = {"steps": [], "score": {"val": 0.5, "test": None, "test_ci95": None}, **COST}
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"point": {}, "history": []}, r"baseline\.json does not hold a baseline \(KeyError: 'score'\)"),
+        ({"point": POINT, "history": 3}, r"baseline\.json does not hold a baseline"),
+        ({"point": POINT, "history": []}, r"baseline\.onnx cannot be read: No such file"),
+    ],
+)
+def test_a_baseline_that_was_damaged_is_named(record: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run").create(OPTIMIZATION) as run:
+        save_weights(tiny.task().build(0), run.path / "baseline.safetensors")
+        run.write("baseline.json", record)
+        with pytest.raises(CorruptRunError, match=words):
+            make_baseline(run, job(run.path), tiny.task(), Recipe(), lambda fraction, what: None, 0.0)
+
+
+PLAN = {"steps": ["prune"], "int8": None, "int8_table": [], "workers": 1, "started": 0.0}
+PLAN |= {"candidate_seconds": 1.0, "final_seconds": 1.0}
+
+
+@pytest.mark.parametrize("change", [{"steps": 5}, {"workers": "many"}, {"branches": [{"name": "a"}]}, {"int8": 8}])
+def test_a_plan_that_was_damaged_is_named(change: dict[str, Any], tmp_path: Path) -> None:
+    task = tiny.task()
+    graph, baseline = trace(task.build(0), task.example(2)), SimpleNamespace()  # which a plan that is there needs not
+    with RunDirectory(tmp_path / "run").create(OPTIMIZATION) as run:
+        run.write("plan.json", PLAN)
+        assert make_plan(run, job(run.path), task, cast(Any, baseline), graph, float).workers == 1
+        run.write("plan.json", {**PLAN, **change})
+        with pytest.raises(CorruptRunError, match=r"plan\.json does not hold a plan"):
+            make_plan(run, job(run.path), task, cast(Any, baseline), graph, float)
+
+
+def test_a_clock_that_was_damaged_is_named(tmp_path: Path) -> None:
+    task = tiny.task()
+    with RunDirectory(tmp_path / "run").create(OPTIMIZATION) as run:
+        run.write("clock.json", {"elapsed_s": "abc"})
+        with pytest.raises(CorruptRunError, match=r"clock\.json does not hold the time"):
+            session.Session(run, job(run.path), task, cast(Any, None), lambda fraction, what: None, 0.0)
+
+
 @pytest.mark.parametrize("settings", [OPTIMIZATION, {**OPTIMIZATION, "kind": None}])
 def test_an_optimization_goes_on_whether_or_not_it_says_so(settings: dict[str, Any], tmp_path: Path) -> None:
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -101,6 +173,22 @@ def test_a_dry_run_refuses_to_go_on_with_another_seed(tmp_path: Path) -> None:
     RunDirectory(tmp_path / "run").create(OPTIMIZATION).close()
     with pytest.raises(RunDirectoryError, match="has seed 0, not 3"):
         dry_run(job(tmp_path / "run", seed=3), resume=True)
+
+
+def test_a_run_goes_on_from_another_folder_with_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    begun = replace(job(tmp_path / "run"), task="mine.py:task")
+    assert begun.file == str(tmp_path / "here" / "mine.py")
+    run = RunDirectory(tmp_path / "run")
+    run.create({**OPTIMIZATION, "task": begun.name, "task_file": begun.file}).close()
+    monkeypatch.chdir(tmp_path / "there")
+    for name in (f"{tmp_path}/here/mine.py:task", "../here/mine.py:task", "mine.py:task"):
+        check_same(run, replace(begun, task=name))  # the last by its name, as on a machine that has no such folder
+    for name in (f"{tmp_path}/there/mine.py:task", "../here/mine.py:other", "mine:task"):
+        with pytest.raises(RunDirectoryError, match=r"has task 'mine\.py:task', not"):
+            check_same(run, replace(begun, task=name))
 
 
 @pytest.mark.parametrize("settings", [OPTIMIZATION, REPLAY, SEARCH, COMPARISON])

@@ -35,6 +35,14 @@ def proposals(draw: st.DrawFn) -> tuple[Space, dict]:
     return space, values
 
 
+def test_what_is_offered_is_what_may_be_proposed() -> None:
+    whole = Space((("a", 8),), {}, (Droppable("b"),), True, (8, 4))
+    assert whole.offered() == STEPS
+    assert replace(whole, widths=(8,), codebooks=False, branches=()).offered() == ("prune", "int8")
+    assert replace(whole, groups=(), widths=(4,), codebooks=False).offered() == ("branches", "int4")
+    assert replace(whole, int8=None).offered() == ("prune", "branches", "codebooks")
+
+
 @given(proposals())
 @settings(max_examples=150, deadline=None)
 def test_every_proposal_leaves_a_unit_in_every_group(given_: tuple[Space, dict]) -> None:

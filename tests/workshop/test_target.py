@@ -1,5 +1,8 @@
 """Targets, floors and budgets from text."""
 
+import math
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,6 +32,11 @@ def test_units_become_shares_of_the_baseline(text: str, metric: str, ratio: floa
     assert limit.ratio(_COST) == pytest.approx(ratio)
 
 
+def test_what_costs_nothing_meets_every_limit() -> None:
+    (limit,) = parse_targets(["macs<=4M"])
+    assert limit.ratio(replace(_COST, macs=0)) == math.inf
+
+
 def test_several_targets_from_one_text_or_many() -> None:
     assert parse_targets(["latency<=0.4x,size<=0.1x"]) == parse_targets(["latency<=0.4x", "size<=0.1x"])
 
@@ -49,11 +57,17 @@ def test_several_targets_from_one_text_or_many() -> None:
         ("fast please", "is not a target"),
         ("", "is not a target"),
         ("latency<=0.4x,latency<=1ms", "Two targets speak of latency"),
+        ("latency<=1x", "baseline itself meets latency<=1x.*latency<=0.4x"),
+        ("size<=1.5x,macs<=1x", "baseline itself meets size<=1.5x,macs<=1x"),
     ],
 )
 def test_a_wrong_target_says_what_is_wrong(text: str, words: str) -> None:
     with pytest.raises(TargetError, match=words):
         parse_targets([text])
+
+
+def test_a_limit_of_the_baselines_own_cost_may_stand_beside_a_target() -> None:
+    assert [limit.value for limit in parse_targets(["size<=0.5x,latency<=1x"])] == [0.5, 1.0]
 
 
 def test_no_target_at_all() -> None:

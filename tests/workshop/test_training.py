@@ -13,10 +13,11 @@ from torch.utils.data import TensorDataset
 
 from netwright.core.artifact import load_weights
 from netwright.core.data import Data
-from netwright.core.errors import NonFiniteLossError, RecipeError, RunDirectoryError
+from netwright.core.errors import CorruptRunError, NonFiniteLossError, RecipeError, RunDirectoryError
 from netwright.core.evaluate import evaluate
 from netwright.core.fit import fit
 from netwright.core.recipe import Recipe
+from netwright.core.rundir import RunDirectory
 from netwright.core.score import accuracy
 from netwright.core.task import Task
 from netwright.report import write_report
@@ -108,6 +109,34 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path, monkeypatch
     assert timeless(resumed) == timeless(whole)
 
 
+def test_a_training_whose_line_cannot_be_written_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RunDirectoryError("Cannot write: No space left on device.")
+
+    monkeypatch.setattr(RunDirectory, "append", full)
+    with pytest.raises(RunDirectoryError, match="No space"):
+        train(task(), "signs", entries()[:1], tmp_path / "run", console=False)
+    monkeypatch.undo()
+    assert (tmp_path / "run" / "checkpoint-0.pt").exists()
+    train(task(), "signs", entries()[:1], tmp_path / "run", resume=True, console=False)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("damage", [{"entry": "first"}, {"val": "high"}, {"recipe": 3}, {"name": None}])
+def test_a_training_that_was_damaged_is_named(damage: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_finish", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(task(), "signs", entries()[:1], tmp_path / "run", console=False)
+    monkeypatch.undo()
+    log = tmp_path / "run" / "trainings.jsonl"
+    log.write_text(json.dumps({**json.loads(log.read_text()), **damage}) + "\n")
+    with pytest.raises(CorruptRunError, match=r"trainings\.jsonl does not hold trainings"):
+        train(task(), "signs", entries()[:1], tmp_path / "run", resume=True, console=False)
+
+
 def test_a_diverging_training_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     recipes = [Entry("wild", BASE.replace(optimizer="torch.optim:SGD", optimizer_settings={"lr": 1e38})), *entries()]
     result = train(task(), "signs", recipes, tmp_path / "run", console=False)
@@ -139,6 +168,43 @@ def test_the_memory_of_an_optimizer_is_counted(tmp_path: Path) -> None:
     result = train(task(), "signs", training_entries(BASE, ["adamw", "rmsprop"]), tmp_path / "run", console=False)
     words = sum(parameter.numel() for parameter in task().build(0).parameters())
     assert [row["optimizer_bytes"] for row in result["trainings"]] == [2 * 4 * words, 4 * words]
+
+
+def own(recipe: Recipe | None = None) -> Task:
+    """The task with a loop of its own in place of a loss."""
+
+    def loop(model: nn.Module, *, budget: float | None, seed: int, teacher: nn.Module | None = None) -> None:
+        del budget, seed, teacher
+        with torch.no_grad():
+            model[2].bias += 1.0
+
+    return dataclasses.replace(task(), loss=None, fit=loop, recipe=recipe)
+
+
+def test_a_task_that_trains_by_its_own_fit_has_a_report(tmp_path: Path) -> None:
+    train(own(BASE), "signs", training_entries(BASE.replace(epochs=2)), tmp_path / "run", console=False)
+    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "trained by its own fit" in page
+    assert "Score on the validation set by epoch" in page
+    assert "Training loss by epoch" not in page
+    (training_,) = read_training(tmp_path / "run").trainings
+    assert (training_.name, training_.lr) == ("its own fit", None)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"optimizers": ["sgd"]}, "takes no optimizer.*Leave optimizer as it is"),
+        ({"optimizers": ["adamw", "sgd"]}, "takes no optimizer"),
+        ({"lrs": [0.1]}, "Leave optimizer_settings as it is"),
+        ({"lrs": [2e-3, 0.1]}, "takes no optimizer"),
+        ({"changes": ["batch_size=4"]}, "Leave batch_size as it is"),
+    ],
+)
+def test_such_a_task_is_not_asked_for_what_it_cannot_heed(tmp_path: Path, more: dict, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        train(own(), "signs", training_entries(Recipe(), **more), tmp_path / "run", console=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_reach_where_they_belong() -> None:
@@ -188,3 +254,8 @@ def test_entries() -> None:
         training_entries(BASE, [])
     with pytest.raises(RecipeError, match="at least one learning rate"):
         training_entries(BASE, ["sgd"], [])
+    for twice in (["AdamW", "adamw"], ["torch.optim:SGD", "sgd"], ["adamw", "torch.optim.adamw:AdamW"]):
+        with pytest.raises(RecipeError, match="different optimizers"):
+            training_entries(BASE, twice)
+    with pytest.raises(RecipeError, match="and different ones"):
+        training_entries(BASE, ["sgd"], [1e-3, 0.001])

@@ -77,6 +77,26 @@ def test_optimizers_that_choose_their_step_are_trained_once() -> None:
     assert change_recipe(DIGITS, ["optimizer=dog", "lr=0.5"]).optimizer_settings == {"lr": 0.5}, "asked for by name"
 
 
+def test_what_is_set_changes_every_compared_optimizer_that_has_it() -> None:
+    changes = ["lr=0.3", "optimizer.weight_decay=0.1", "optimizer.momentum=0.9", "epochs=2"]
+    entries = training_entries(DIGITS, ["sgd", "adamw", "dog"], changes=changes)
+    assert [dict(entry.recipe.optimizer_settings) for entry in entries] == [
+        {"lr": 0.3, "weight_decay": 0.1, "momentum": 0.9},
+        {"lr": 0.3, "weight_decay": 0.1},
+        {"lr": 1.0, "weight_decay": 0.1},
+    ]
+    assert [entry.recipe.schedule_settings["max_lr"] for entry in entries] == [0.3, 0.3, 1.0]
+    assert [entry.recipe.epochs for entry in entries] == [2, 2, 2]
+    (own,) = training_entries(DIGITS, None, changes=changes[:2])
+    assert own.recipe == change_recipe(DIGITS, changes[:2])
+    with pytest.raises(RecipeError, match=r"optimizer\.momentum=0\.9 changes none of adamw, lion"):
+        training_entries(DIGITS, ["adamw", "lion"], changes=changes)
+    with pytest.raises(RecipeError, match=r"lr=0\.3 changes none of dog"):
+        training_entries(DIGITS, ["dog"], changes=["lr=0.3"])
+    with pytest.raises(RecipeError, match="by --lrs and by --set"):
+        training_entries(DIGITS, ["sgd"], [0.1], ["lr=0.3"])
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of")
 @pytest.mark.parametrize("schedule", ["one-cycle", "cosine", "none"])
 def test_the_rates_of_mup_follow_lr_and_keep_their_ratio(schedule: str) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from netwright.cli.app import app
 from netwright.report import read_run, write_report
+from netwright.report.training_run import is_training, training_state
 
 __all__ = ["report_command"]
 
@@ -19,6 +20,6 @@ def report_command(
 ) -> None:
     """Write the report of a run anew, finished or not, and print where it lies."""
     if as_json:
-        typer.echo(json.dumps(read_run(run).state()))
+        typer.echo(json.dumps(training_state(run) if is_training(run) else read_run(run).state()))
         return
     typer.echo(str(write_report(run)))

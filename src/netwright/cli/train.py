@@ -16,7 +16,8 @@ from netwright.core.errors import RecipeError
 from netwright.core.recipe import Recipe
 from netwright.core.task import load_task
 from netwright.report import write_report
-from netwright.workshop import change_recipe, train, training_entries
+from netwright.report.training_run import OWN_FIT
+from netwright.workshop import check_own_fit, train, training_entries
 
 __all__ = ["train_command"]
 
@@ -58,7 +59,8 @@ def train_command(
     found = load_task(task)
     base = given or found.recipe or Recipe()
     names = None if compare is None else [name.strip() for name in compare.split(",") if name.strip()]
-    entries = training_entries(change_recipe(base, changes or []), names, _numbers(lrs))
+    entries = training_entries(base, names, _numbers(lrs), changes or [])
+    check_own_fit(found, entries)
     if dry:
         shown = [{"name": entry.name, **json.loads(entry.recipe.to_json())} for entry in entries]
         typer.echo(json.dumps(shown, indent=2))
@@ -108,15 +110,15 @@ def _table(result: dict[str, Any]) -> Table:
         if row["error"] is not None:
             table.add_row(row["name"], _lr(row), "diverged")
             continue
-        test = row["test"]
+        test, own = row["test"], row["steps"] == 0
         table.add_row(
-            row["name"],
-            _lr(row),
+            OWN_FIT if own else row["name"],
+            "" if own else _lr(row),
             _shown(row["history"][-1]["train_loss"]),
             _shown(row["val"]),
             "" if not test else _shown(test["score"]),
             f"{row['seconds']:.1f} s",
-            f"{row['optimizer_bytes'] / 1e6:.3g} MB",
+            "" if own else f"{row['optimizer_bytes'] / 1e6:.3g} MB",
             style="bold" if row["entry"] == result["best"] else "",
         )
     return table

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from netwright.compress._fold import attribute, epsilon_of, is_fixed_norm, op_name
+from netwright.compress._fold import attribute, epsilon_of, is_fixed_norm, momentum_of, op_name
 
 __all__ = ["drop_unused", "free_name", "norm_of", "thaw"]
 
@@ -54,7 +54,8 @@ def norm_of(module: fx.GraphModule, node: fx.Node) -> _BatchNorm | None:
         return None
     if len(value.shape) not in _KINDS:
         return None
-    norm = _KINDS[len(value.shape)](len(mean), eps=epsilon_of(node), affine=scale is not None, dtype=mean.dtype)
+    kind, affine = _KINDS[len(value.shape)], scale is not None
+    norm = kind(len(mean), eps=epsilon_of(node), momentum=momentum_of(node), affine=affine, dtype=mean.dtype)
     norm.to(mean.device)
     with torch.no_grad():
         assert norm.running_mean is not None

@@ -63,12 +63,12 @@ class Row:
         return cls(
             data["name"],
             data["error"],
-            data["val"],
-            data["test"],
+            _number(data["val"]),
+            _number(data["test"]),
             None if cost is None else Cost.from_dict(cost),
             None if ratio is None else Ratio(**ratio),
-            data["zeros"],
-            data["seconds"],
+            _number(data["zeros"]),
+            float(data["seconds"]),
         )
 
 
@@ -80,11 +80,15 @@ class Comparison:
         task: name of the task.
         baseline: the network as it came.
         rows: one for each method, in the order in which they were given.
+        seed: source of weights, batches and the methods' randomness; None where it is not known.
+        machine: the processor that latency was measured on; None where it is not known.
     """
 
     task: str
     baseline: Row
     rows: tuple[Row, ...]
+    seed: int | None = None
+    machine: str | None = None
 
     def table(self) -> str:
         """The rows as text, aligned; latency and size as shares of the baseline's."""
@@ -115,13 +119,26 @@ class Comparison:
         from netwright.compress._comparison_figure import page
 
         with atomic_write(Path(path), ArtifactError) as place:
-            place.write_text(page(self), encoding="utf-8")
+            place.write_text(page(self), encoding="utf-8", errors="backslashreplace")
         return Path(path)
 
     def to_json(self) -> str:
         """Everything as JSON."""
         rows = [entry.to_dict() for entry in self.rows]
-        return json.dumps({"task": self.task, "baseline": self.baseline.to_dict(), "rows": rows}, indent=1)
+        return json.dumps(
+            {
+                "task": self.task,
+                "seed": self.seed,
+                "machine": self.machine,
+                "baseline": self.baseline.to_dict(),
+                "rows": rows,
+            },
+            indent=1,
+        )
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _cells(entry: Row, baseline: Row) -> tuple[str, ...]:

@@ -5,7 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["attribute", "epsilon_of", "fold_batch_norms", "is_fixed_norm", "op_name", "set_parameter", "source_of"]
+__all__ = [
+    "attribute",
+    "epsilon_of",
+    "fold_batch_norms",
+    "is_fixed_norm",
+    "momentum_of",
+    "op_name",
+    "set_parameter",
+    "source_of",
+]
 
 _FOLDABLE = {"conv1d", "conv2d", "conv3d", "linear"}
 _NORMS = {"batch_norm": 7, "_native_batch_norm_legit_no_training": 6}  # and the position of epsilon
@@ -78,6 +87,12 @@ def epsilon_of(norm: fx.Node) -> float:
     epsilon = norm.args[_NORMS[op_name(norm)]]
     assert isinstance(epsilon, float)
     return epsilon
+
+
+def momentum_of(norm: fx.Node) -> float | None:
+    """How far a batch norm's statistics follow each batch; None, in a trace 0, where they are a mean of all batches."""
+    momentum = norm.args[_NORMS[op_name(norm)] - 1]
+    return momentum if isinstance(momentum, float) and momentum > 0 else None
 
 
 def source_of(node: fx.Node) -> str:

@@ -29,10 +29,11 @@ class Change(nn.Module):
         else:
             self.first, self.last = nn.Linear(2 * channels, hidden), nn.Linear(hidden, channels)
         self.register_buffer("spread", sample.std().clamp_min(1e-6))
+        self.to(torch.promote_types(sample.dtype, torch.float32))  # in half precision Adam's epsilon is zero
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         """The change in units of the spread, of the shape of ``x``."""
-        both = torch.cat([x / self.spread, noise], 1 if self.images else -1)
+        both = torch.cat([x / self.spread, noise], 1 if self.images else -1).to(self.spread.dtype)
         change: Tensor = self.strength * torch.tanh(self.last(functional.relu(self.first(both))))
         return change
 
@@ -77,7 +78,7 @@ class Augmented(nn.Module):
         for key, change in self.changes.items():
             value = varied[key]
             moved.append(change(value, torch.randn_like(value)))
-            varied[key] = value + change.spread * moved[-1]
+            varied[key] = (value + change.spread * moved[-1]).to(value.dtype)
         return whole_of(inputs, varied), moved
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,4 +123,4 @@ def can_change(value: Any) -> bool:
 
 def kind_of(value: Any) -> str:
     """What a part is, for messages."""
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+    return f"{value.dtype} in {value.ndim} dimensions" if isinstance(value, Tensor) else type(value).__name__

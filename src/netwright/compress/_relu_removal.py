@@ -13,9 +13,9 @@ from torch import fx, nn
 from netwright.compress._batch_norms import thaw
 from netwright.compress._relus import ReluLayer, find_relus, thinned, without_relus
 from netwright.compress._settings import check_weights, require_loss
+from netwright.compress._trace import trace
 from netwright.compress._training import train
 from netwright.compress.prune import Prune
-from netwright.compress.quantize import trace
 from netwright.core.batch_statistics import reestimate
 from netwright.core.data import Inputs, batches
 from netwright.core.errors import NothingToPruneError, TransformError
@@ -75,8 +75,8 @@ class ReluRemoval:
         self.held: list[Inputs] = [inputs for inputs, _ in itertools.islice(every, _ITEMS // _BATCH)]
 
     def traced(self, model: nn.Module) -> fx.GraphModule:
-        """The graph of a model with its batch norms alive."""
-        module = trace(model, self.task)
+        """The graph of a model with its batch norms and dropout alive."""
+        module = trace(model, self.task, dropouts=True)
         thaw(module)
         module.eval()
         return module

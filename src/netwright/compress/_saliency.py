@@ -32,6 +32,13 @@ def saliency_magnitude(model: nn.Module, group: Group) -> Tensor:
     Returns:
         ``(size,)`` in float64.
 
+    Example:
+        >>> from netwright.core.graph import trace
+        >>> model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
+        >>> model[0].weight.data, model[2].weight.data = torch.tensor([[3.0], [0.0]]), torch.tensor([[4.0, 2.0]])
+        >>> saliency_magnitude(model, trace(model, torch.zeros(2, 1)).groups[0])
+        tensor([5., 2.], dtype=torch.float64)
+
     Cost: one pass over the group's parameters.
     """
     squares = {name: value.detach().double() ** 2 for name, value in _parameters(model, [group]).items()}
@@ -69,6 +76,16 @@ def saliency_taylor(
 
     Raises:
         TransformError: a task without a loss, or a loss or gradient that is not finite.
+
+    Example:
+        >>> from netwright.core.graph import trace
+        >>> from netwright.core.task import load_task
+        >>> task = load_task("breast-cancer")
+        >>> model = nn.Sequential(nn.Linear(30, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> model[2].weight.data[:, 1] = 0.0  # nobody reads unit 1
+        >>> [found] = saliency_taylor(model, trace(model, task.example()).groups, task).values()
+        >>> int(found.argmin()), float(found[1])
+        (1, 0.0)
 
     Cost: ``count`` forward and backward passes, memory for one copy of the model and its gradients.
     """

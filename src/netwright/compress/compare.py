@@ -1,30 +1,25 @@
 """Several methods on one task, side by side, measured."""
 
-import copy
 import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from netwright.compress._comparison import Comparison, Row
-from netwright.core.artifact import load_weights, save_program, save_weights
+from netwright.compress._comparison_baseline import BASELINE, Measuring, bar, make_baseline, zeros
+from netwright.core.artifact import save_weights
 from netwright.core.check import check_task
-from netwright.core.console import ConsoleProgress
-from netwright.core.cost import compare_onnx, measure_onnx
 from netwright.core.errors import ArtifactError, RunDirectoryError, TransformError
-from netwright.core.evaluate import evaluate
 from netwright.core.fit import fit
-from netwright.core.graph.export import export_model
-from netwright.core.onnx_export import export_onnx
-from netwright.core.onnx_module import OnnxModule
+from netwright.core.machine import machine
 from netwright.core.recipe import Recipe
+from netwright.core.records import reading
 from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.core.transform import Chain, Progress, Transform, is_transform
@@ -43,12 +38,10 @@ class _Work:
 
     task: Task
     run: RunDirectory
+    measuring: Measuring
     model: nn.Module
     epochs: float
     seed: int
-    batch: int
-    threads: int
-    seconds: float
 
 
 def compare(
@@ -76,7 +69,7 @@ def compare(
         task: data, loss, score and network.
         methods: transforms by the name that they have in the table.
         out: folder for ``comparison.json``, ``comparison.html`` and ``NAME.onnx``, ``NAME.pt2`` and
-            ``NAME.safetensors`` of each method; None keeps nothing.
+            ``NAME.safetensors`` of the baseline and each method; None keeps nothing.
         resume: go on with the comparison that lies in ``out``; nothing finished is done again.
         epochs: training for each method; None is half of the recipe's.
         seed: source of weights, batches and every method's randomness.
@@ -92,7 +85,7 @@ def compare(
         TransformError: no methods, a name that is no file name, something that is not a transform, or a setting that
             JSON cannot hold.
         RunDirectoryError: ``out`` holds something else, or with ``resume`` another comparison; a file that cannot be
-            written there.
+            written there; one of an earlier call that is not as it was written (:class:`CorruptRunError`).
         ArtifactError: a model that cannot be written there, as on a full disk. What is finished stays for ``resume``.
         TaskError: a task that cannot be trained or scored.
 
@@ -107,6 +100,7 @@ def compare(
     Cost: the training of the network once; for each method its own work, ``epochs`` of training, one export and about
     two seconds of timing.
     """
+    out = None if out is None else Path(out).absolute()  # data and methods may change the working directory
     _check(methods, epochs, resume, out)
     check_task(task)
     recipe = task.recipe or Recipe()
@@ -122,7 +116,7 @@ def compare(
         "threads": threads,
         "recipe": json.loads(recipe.to_json()),
     }
-    with tempfile.TemporaryDirectory(prefix="netwright-") if out is None else nullcontext(str(out)) as folder:
+    with tempfile.TemporaryDirectory(prefix="netwright-") if out is None else nullcontext(out) as folder:
         run = RunDirectory(Path(folder))
         if resume:
             run.check_old()
@@ -134,18 +128,28 @@ def compare(
         else:
             run.create(settings)
         with run:
-            model, baseline = _baseline(task, run, recipe, seed, batch, threads, seconds, console)
-            work = _Work(task, run, model, spent, seed, batch, threads, seconds)
-            done = {row["name"]: Row.from_dict(row) for row in run.lines(_LOG)}
+            done = _finished(run)
+            measuring = Measuring(task, run, batch, threads, seconds)
+            model, baseline = make_baseline(measuring, recipe, seed, console=console)
+            work = _Work(task, run, measuring, model, spent, seed)
             for position, (name, method) in enumerate(methods.items(), start=1):
                 if name not in done:
-                    with _bar(f"{name} ({position} of {len(methods)})", console) as progress:
+                    with bar(f"{name} ({position} of {len(methods)})", console) as progress:
                         done[name] = _row(work, name, method, progress)
                     run.append(_LOG, done[name].to_dict())
-            found = Comparison(task.name, baseline, tuple(done[name] for name in methods))
+            found = Comparison(task.name, baseline, tuple(done[name] for name in methods), seed, machine()["cpu"])
             run.write(_RESULT, json.loads(found.to_json()))
             found.save(run.path / _PAGE)
             return found
+
+
+def _finished(run: RunDirectory) -> dict[str, Row]:
+    """The rows of an earlier call by the name of their method."""
+    done = {}
+    for number, line in enumerate(run.lines(_LOG), start=1):
+        with reading(f"{run.path / _LOG}, entry {number},", "a row of a comparison"):
+            done[line["name"]] = Row.from_dict(line)
+    return done
 
 
 def described(method: Transform) -> dict[str, Any]:
@@ -163,7 +167,7 @@ def _check(methods: Mapping[str, Transform], epochs: float | None, resume: bool,
     if not methods:
         raise TransformError("compare() needs at least one method.")
     for name, method in methods.items():
-        if not name or name == "baseline" or Path(name).name != name or name.startswith("."):
+        if not name or name == BASELINE or Path(name).name != name or name.startswith("."):
             raise TransformError(f"compare(): {name!r} cannot be a method's name, for files are named after it.")
         if not is_transform(method):
             raise TransformError(f"compare(): {name!r} must be a transform such as Prune(0.5), got {method!r}.")
@@ -187,48 +191,13 @@ def _check_settings(name: str, method: Transform) -> None:
             ) from error
 
 
-@contextmanager
-def _bar(label: str, console: bool) -> Iterator[Progress]:
-    """Progress on standard error, or none."""
-    if not console:
-        yield lambda fraction, what: None
-        return
-    with ConsoleProgress(label) as progress:
-        yield progress.update
-
-
-def _baseline(
-    task: Task, run: RunDirectory, recipe: Recipe, seed: int, batch: int, threads: int, seconds: float, console: bool
-) -> tuple[nn.Module, Row]:
-    model = copy.deepcopy(task.build(seed))
-    weights, artifact, record = run.path / "baseline.safetensors", run.path / "baseline.onnx", "baseline.json"
-    if not run.has(record):
-        start = time.perf_counter()
-        if not task.trained:
-            checkpoint = run.path / "baseline.checkpoint"
-            with _bar("training the baseline", console) as progress:
-                model = fit(
-                    model, task, recipe, seed=seed, progress=progress, validate=False, checkpoint=checkpoint
-                ).model
-            checkpoint.unlink(missing_ok=True)
-        run.save(weights.name, lambda path: save_weights(model, path))
-        program = export_model(model, task.example(2))
-        run.save(artifact.name, lambda path: export_onnx(program, task.example(2), path))
-        scores = _scores(artifact, model, task)
-        example = task.example(batch)
-        cost = measure_onnx(artifact, example, program, batch=batch, threads=threads, seconds=seconds / 2)
-        took = time.perf_counter() - start
-        run.write(record, Row("baseline", None, *scores, cost, None, _zeros(model), took).to_dict())
-    load_weights(model, weights)
-    return model.eval(), Row.from_dict(run.read(record, "val", "cost"))
-
-
 def _row(work: _Work, name: str, method: Transform, progress: Progress) -> Row:
     start = time.perf_counter()
     try:
         model = _compress(work, method, progress)
         took = time.perf_counter() - start
-        return dataclasses.replace(_measured(work, name, model), seconds=took)
+        work.run.save(f"{name}.safetensors", lambda path: save_weights(model, path))
+        return dataclasses.replace(work.measuring.row(name, model), seconds=took)
     except RunDirectoryError:  # the folder's fault, not the method's
         raise
     except Exception as error:  # a method of the user's own may raise anything; the others go on
@@ -253,7 +222,7 @@ def _compress(work: _Work, method: Transform, progress: Progress) -> nn.Module:
     if alone:
         return model
     recipe = (work.task.recipe or Recipe()).lasting(work.epochs).replace(keep_zeros=False)
-    if is_sparse(model) or _zeros(model) > _zeros(work.model):  # a parameterization would move zeros
+    if is_sparse(model) or zeros(model) > zeros(work.model):  # a parameterization would move zeros
         recipe = recipe.replace(keep_zeros=True, parameterization=None)
     if any(getattr(step, "low_precision", False) for step in steps):
         recipe = recipe.scaled(_QUANTIZED_RATE)
@@ -266,29 +235,3 @@ def _compress(work: _Work, method: Transform, progress: Progress) -> nn.Module:
         validate=False,
         progress=lambda fraction, what: progress(0.3 + 0.7 * fraction, what),
     ).model
-
-
-def _measured(work: _Work, name: str, model: nn.Module) -> Row:
-    task, run = work.task, work.run
-    program = export_model(model, task.example(2))
-    artifact = run.save(f"{name}.onnx", lambda path: export_onnx(program, task.example(2), path))
-    run.save(f"{name}.safetensors", lambda path: save_weights(model, path))
-    run.save(f"{name}.pt2", lambda path: save_program(model, task.example(2), path))
-    scores = _scores(artifact, model, task)
-    example = task.example(work.batch)
-    batch, threads, seconds = work.batch, work.threads, work.seconds
-    cost = measure_onnx(artifact, example, program, batch=batch, threads=threads, seconds=seconds / 2)
-    ratio = compare_onnx(artifact, run.path / "baseline.onnx", example, batch=batch, threads=threads, seconds=seconds)
-    return Row(name, None, *scores, cost, ratio, _zeros(model))
-
-
-def _scores(artifact: Path, model: nn.Module, task: Task) -> tuple[float, float]:
-    """On validation and test, of the file that is handed over."""
-    judged = model if task.evaluate is not None else OnnxModule(artifact)
-    return evaluate(judged, task, "val"), evaluate(judged, task, "test")
-
-
-def _zeros(model: nn.Module) -> float:
-    weights = [value.detach() for value in model.parameters() if value.ndim > 1]
-    count = sum(value.numel() for value in weights)
-    return float(sum(torch.count_nonzero(value == 0) for value in weights)) / max(count, 1)

@@ -10,7 +10,7 @@ from torch import nn
 from netwright.compress._relu_removal import ReluRemoval
 from netwright.compress._relus import find_relus
 from netwright.compress._settings import check_number, check_ratio
-from netwright.compress.quantize import trace
+from netwright.compress._trace import trace
 from netwright.core.errors import TransformError
 from netwright.core.evaluate import evaluate
 from netwright.core.front import Front
@@ -101,6 +101,7 @@ class DeepReDuce:
     Differs: networks go on from the given weights, where the paper trains each from scratch. Criticality counts the
     score gained over the network without any ReLU, so that it also serves for scores that are negative. Reshaping
     removes the channels of least magnitude; the paper's other reshaping, of the resolution, is the data's business.
+    Dropout within attention and recurrent layers is gone, also in training; any other stays.
 
     Cost: ``probe`` of the budget is shared by one more fit than there are stages, the rest trains the result;
     :func:`relu_front` trains up to three networks for each stage. Memory: two copies of the model.

@@ -99,6 +99,15 @@ def fastest_int8(
             and is right there.
         TraceError, ArtifactError: a model that cannot be traced or exported.
 
+    Example:
+        >>> from netwright.core.task import load_task
+        >>> task = load_task("breast-cancer")
+        >>> model = nn.Sequential(nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> found = fastest_int8(model, task, seconds=0.01)
+        >>> small = found.settings(model, task)
+        >>> any(row.right and row.weight == found.settings.weight for row in found.table)
+        True
+
     Cost: a trace, a calibration, two exports, and the time asked for with each of three pairs.
     """
     base = replace(settings or Int8(), activation="uint8", weight="int8", reduce_range=False)

@@ -22,8 +22,8 @@ from netwright.compress._settings import (
     check_weights,
     require_loss,
 )
+from netwright.compress._trace import trace
 from netwright.compress._training import train
-from netwright.compress.quantize import trace
 from netwright.core.batch_statistics import reestimate
 from netwright.core.errors import TransformError
 from netwright.core.randomness import isolated
@@ -58,9 +58,9 @@ class LayerMerge:
     .. math:: \sum (j - i)\, I_{ijk} \quad \text{subject to} \quad \sum T_{ijk} \le r \sum T_{\text{now}}
 
     by dynamic programming over :math:`(j, t)`: the best of all such paths for times in 500 ticks. The layers of each
-    choice then see their input padded once, for all of them; the network is trained in that form, batch norms alive
-    and ``model`` its teacher, and only then merged, which is exact. A skip that begins and ends within a choice becomes
-    part of its kernel, with the identity or its own convolution as weights.
+    choice then see their input padded once, for all of them; the network is trained in that form, batch norms and
+    dropout alive and ``model`` its teacher, and only then merged, which is exact. A skip that begins and ends within a
+    choice becomes part of its kernel, with the identity or its own convolution as weights.
 
     Args:
         ratio: :math:`r`, what the chains may cost, as a share of what they cost now, in (0, 1).
@@ -102,7 +102,7 @@ class LayerMerge:
         more choices it consists of, and leaving out three layers one by one counted for more than merging them. Times
         are tenth percentiles, less that of a call that does nothing. Convolutions that read a concatenation, a pooled
         image, an explicitly padded one or a norm that is not folded begin a chain of their own, as do those that share
-        their weights.
+        their weights. Dropout within attention and recurrent layers is gone, also in training; any other stays.
 
     Cost: a trace; one evaluation of ``items`` items for each choice, of which there are at most ``span`` times a few
         for each layer; 0.06 s for each different convolution; then the budget's training. Sets of layers are
@@ -182,7 +182,7 @@ class LayerMerge:
         check_weights(self, model)
         require_loss(self, task)
         report(0.0, "tracing")
-        module = trace(model, task)
+        module = trace(model, task, dropouts=True)
         thaw(module)
         module.eval()
         chains = find_chains(module)

@@ -33,7 +33,9 @@ __all__ = ["MetaAug"]
 
 def _scaled(gradient: Sequence[Tensor]) -> list[Tensor]:
     """Each tensor over its root mean square, that taken as constant: as long as a step of Adam, of any gradient."""
-    return [part / (part.detach().square().mean().sqrt() + 1e-12) for part in gradient]
+    wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in gradient]  # squares of half are zero
+    made = [part / (part.detach().square().mean().sqrt() + 1e-12) for part in wide]
+    return [step.to(part.dtype) for step, part in zip(made, gradient, strict=True)]
 
 
 def _surrogate(step: Sequence[Tensor], outer: Sequence[Tensor], rate: float) -> Tensor:
@@ -160,8 +162,8 @@ class MetaAug:
 
     Raises:
         TransformError: a setting outside its range, a width that cannot be executed; on a call, a model with no
-            layer to quantize or values that are not finite, inputs that are integers only, a task that trains by its
-            own ``fit``.
+            layer to quantize or values that are not finite, no input of floating point in 2 to 5 dimensions, a task
+            that trains by its own ``fit``.
 
     Example:
         >>> from netwright.core.task import load_task
@@ -240,7 +242,7 @@ class MetaAug:
         held = next(iter(batches(task.data.train, count, generator=torch.Generator().manual_seed(seed))))
         if self.strength > 0 and not any(map(can_change, parts(held[0]).values())):
             raise TransformError(
-                f"MetaAug varies inputs of floating point, but those of task {task.name!r} are "
+                f"MetaAug varies inputs of floating point in 2 to 5 dimensions, but those of task {task.name!r} are "
                 f"{', '.join(map(kind_of, parts(held[0]).values()))}. Set strength=0, or use EasyQuant."
             )
         recipe = task.recipe or Recipe()

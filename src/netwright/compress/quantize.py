@@ -1,6 +1,5 @@
 """Integer inference: weights and activations rounded to 8 bits, simulated in torch and exported as integers."""
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,10 @@ from netwright.compress._placement import Plan, plan
 from netwright.compress._quantizers import ActivationQuantizer, Integers, WeightQuantizer
 from netwright.compress._rounded import is_rounded
 from netwright.compress._settings import check_choice, check_count, check_flag, check_weights, checked_paths
+from netwright.compress._trace import trace
 from netwright.core.data import Dataset, call, to_device
 from netwright.core.errors import TransformError
 from netwright.core.evaluate import device_of
-from netwright.core.graph.export import export_model
-from netwright.core.graph.follow import follow_inputs
-from netwright.core.graph.signature import plain_signature
 from netwright.core.task import Task
 from netwright.core.transform import Progress
 
@@ -184,30 +181,6 @@ def _advice(model: nn.Module, traced: fx.GraphModule) -> str:
         return "Its weights are rounded or held in codebooks already: leave one of the two steps out."
     transposed = any(op_name(node).startswith("conv_transpose") for node in traced.graph.nodes)
     return f"{'Transposed convolutions are not rounded. ' if transposed else ''}Leave this step out."
-
-
-def trace(model: nn.Module, task: Task) -> fx.GraphModule:
-    """A copy of ``model`` as a graph of aten operations that trains and deep-copies like any module."""
-    program = export_model(model, task.example())
-    if any(_is_in_place(node) for node in program.graph.nodes):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, about its own
-            program = program.run_decompositions({})
-    exported = program.module()
-    for node in list(exported.graph.nodes):
-        if node.op == "call_module" or (node.op == "get_attr" and not node.users):  # checks of input shapes, leftovers
-            exported.graph.erase_node(node)
-    follow_inputs(exported.graph)
-    plain_signature(exported.graph, program, as_dict=True)
-    copied = copy.deepcopy(fx.GraphModule(exported, exported.graph, type(model).__name__))
-    trainable = {name for name, value in model.named_parameters() if value.requires_grad}
-    for name, value in copied.named_parameters():
-        value.requires_grad_(name in trainable)
-    return copied
-
-
-def _is_in_place(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _split_silu(module: fx.GraphModule) -> None:

@@ -11,7 +11,7 @@ __all__ = ["MovingAverage"]
 
 
 class MovingAverage:
-    r"""Average of everything floating-point in a model's state, normalization statistics included.
+    r"""Average of everything in a model's state that is no integer, normalization statistics included.
 
     After iteration :math:`t = 1, 2, \dots` with weights :math:`w_t`, and with :math:`a_0 = w_0`,
 
@@ -21,7 +21,7 @@ class MovingAverage:
     variances of batch norms are averaged with the same weights rather than computed anew: they are themselves moving
     averages over the same iterations, and no further pass over the data is needed. Integer buffers are copied.
 
-    Costs one copy of the model and one multiply-add per weight and iteration.
+    Costs one copy of the model, in at least float32, and one multiply-add per weight and iteration.
 
     Args:
         model: whose state is averaged.
@@ -31,7 +31,7 @@ class MovingAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._decay = decay
         self._steps = 0
-        self._average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self._average = {name: _copy(value) for name, value in model.state_dict().items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -39,10 +39,11 @@ class MovingAverage:
         self._steps += 1
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
         for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                self._average[name].lerp_(value, 1 - decay)
+            average = self._average[name]
+            if _continuous(value):
+                average.lerp_(value.to(average.dtype), 1 - decay)
             else:
-                self._average[name].copy_(value)
+                average.copy_(value)
 
     def end_epoch(self, model: nn.Module) -> None:
         """Nothing: other averages act on the model here."""
@@ -71,3 +72,13 @@ class MovingAverage:
         average: dict[str, Tensor] = state["average"]
         for name, value in self._average.items():
             value.copy_(average[name])
+
+
+def _continuous(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
+
+
+def _copy(value: Tensor) -> Tensor:
+    """A copy to average in, wide enough for small steps."""
+    wide = torch.promote_types(value.dtype, torch.float32) if _continuous(value) else value.dtype
+    return value.detach().to(wide, copy=True)

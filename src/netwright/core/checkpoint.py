@@ -4,12 +4,14 @@ The file is a magic line, the SHA-256 of what follows, and a ``torch.save`` of t
 with ``weights_only=True``: nothing is unpickled, and a file that was cut short or damaged is told from a whole one.
 """
 
+import copy
 import hashlib
 import io
 import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from netwright.core.errors import CorruptRunError, RunDirectoryError
@@ -28,17 +30,28 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     Args:
         path: where; its folder must exist.
-        state: tensors, numbers, strings, and dicts, lists and tuples of them.
+        state: tensors, numbers, strings, and dicts, lists and tuples of them; NumPy's numbers are written as Python's.
 
     Raises:
         RunDirectoryError: the disk is full or the folder cannot be written; the old file is left as it was.
     """
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(_plain(state), buffer)
     payload = buffer.getbuffer()
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(_MAGIC + hashlib.sha256(payload).digest())
         file.write(payload)
+
+
+def _plain(state: Any) -> Any:
+    """``state`` with Python's numbers in place of NumPy's, which ``weights_only`` would not read."""
+    if isinstance(state, np.generic):
+        return state.item()
+    if isinstance(state, dict):
+        found = copy.copy(state)  # a module's state has attributes
+        found.update({name: _plain(value) for name, value in state.items()})
+        return found
+    return type(state)(map(_plain, state)) if type(state) in (list, tuple) else state
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -136,6 +136,15 @@ def measure_onnx(
 
     Raises:
         ArtifactError: a file that cannot be loaded, or inputs that do not match it.
+
+    Example:
+        >>> inputs = torch.zeros(1, 100)
+        >>> program = export_model(nn.Linear(100, 10), inputs)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_onnx(program, inputs, Path(folder) / "model.onnx")
+        ...     cost = measure_onnx(Path(folder) / "model.onnx", inputs, program, repeats=5)
+        >>> cost.macs, cost.parameters
+        (1000, 1010)
     """
     _check(batch, threads, seconds, "onnxruntime")
     times = time_call(_onnx_call(path, with_batch(inputs, batch), threads), seconds=seconds, repeats=repeats)
@@ -202,6 +211,14 @@ def compare_onnx(
 
     Raises:
         ArtifactError: a file that cannot be loaded, or inputs that do not match it.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_onnx(nn.Linear(8, 8), torch.zeros(1, 8), Path(folder) / "model.onnx")
+        ...     places = [Path(folder) / "model.onnx"] * 2
+        ...     ratio = compare_onnx(*places, torch.zeros(1, 8), seconds=0.05)
+        >>> ratio.low <= ratio.median <= ratio.high
+        True
     """
     _check(batch, threads, seconds, "onnxruntime")
     sized = with_batch(inputs, batch)

@@ -6,7 +6,7 @@ is a tensor, a tuple of tensors (called as ``model(*input)``) or a dict of tenso
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -163,7 +163,7 @@ def beside(inputs: Inputs, model: nn.Module) -> Inputs:
     return inputs if first is None else to_device(inputs, first.device)
 
 
-def call(model: nn.Module, inputs: Inputs) -> Any:
+def call(model: Callable[..., Any], inputs: Inputs) -> Any:
     """``model`` applied to ``inputs`` of any of the three kinds."""
     if isinstance(inputs, Tensor):
         return model(inputs)

@@ -1,5 +1,6 @@
 """Files that are whole or not there."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -8,7 +9,25 @@ from pathlib import Path
 
 from netwright.core.errors import NetwrightError, RunDirectoryError
 
-__all__ = ["atomic_write"]
+__all__ = ["UNFINISHED", "atomic_write", "remedy"]
+
+UNFINISHED = ".netwright-tmp"
+"""What the name of a file ends in while it is written."""
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free some space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make its folder writable"),
+    errno.ENOENT: "Put its folder back",
+}
+
+
+def remedy(error: OSError) -> str:
+    """What helps where a file could not be written.
+
+    Example:
+        >>> remedy(OSError(errno.ENOSPC, "No space left on device"))
+        'Free some space'
+    """
+    return _REMEDIES.get(error.errno or 0, "Mend that")
 
 
 @contextmanager
@@ -32,7 +51,7 @@ def atomic_write(path: Path, error: type[NetwrightError] = RunDirectoryError) ->
         ['a.txt']
     """
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -45,7 +64,7 @@ def atomic_write(path: Path, error: type[NetwrightError] = RunDirectoryError) ->
             temporary.unlink(missing_ok=True)
     except OSError as cause:
         raise error(
-            f"Cannot write {path}: {cause.strerror or cause}. Free some space or choose another folder."
+            f"Cannot write {path}: {cause.strerror or cause}. {remedy(cause)} or choose another folder."
         ) from cause
 
 

@@ -1,18 +1,20 @@
 """The one training loop."""
 
+import itertools
 import math
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from netwright.core.console import ConsoleProgress
-from netwright.core.errors import RecipeError, TaskError
+from netwright.core.errors import NonFiniteLossError, RecipeError, TaskError
 from netwright.core.evaluate import device_of, evaluate
 from netwright.core.loop import Callback, FitResult, Loop, Record, StepHook
+from netwright.core.optimization import Parameterization
 from netwright.core.randomness import isolated
 from netwright.core.recipe import Recipe
 from netwright.core.task import Task
@@ -30,7 +32,7 @@ def fit(
     seed: int = 0,
     teacher: nn.Module | Tensor | None = None,
     device: torch.device | str | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: Path | str | None = None,
     checkpoint_seconds: float = 30.0,
     callbacks: Iterable[Callback] = (),
     progress: Progress | None = None,
@@ -50,7 +52,9 @@ def fit(
 
     The same seed gives the same weights to the last bit (on one machine, with one number of threads), whatever the
     caller's random state, which is left untouched. With ``checkpoint``, an interrupted fit called again with the same
-    arguments ends in the same weights to the last bit as one that was not interrupted.
+    arguments ends in the same weights to the last bit as one that was not interrupted. What cuts a fit short leaves the
+    model without the recipe's parameterization, and with a checkpoint, where there is such a parameterization, with the
+    values that it was given with.
 
     Time per iteration is that of a forward and a backward pass, and of the teacher's forward pass. A teacher's outputs
     are computed once and kept where the training set is a ``TensorDataset``, more than one epoch is trained and they
@@ -79,7 +83,8 @@ def fit(
     Raises:
         NonFiniteLossError: a loss that is NaN or infinite.
         TaskError: a loss that raises, is not a scalar or does not depend on the model.
-        RecipeError: settings that the optimizer or the schedule refuses; a hook where none can be called.
+        RecipeError: settings that the optimizer or the schedule refuses, or that a checkpoint cannot hold since JSON
+            does not know them; a hook where none can be called.
         TransformError: zeros to hold, and a task whose own ``fit`` returns a network of other shapes.
         CorruptRunError: a checkpoint that is truncated or damaged.
         RunDirectoryError: a checkpoint of another training, or one that cannot be written.
@@ -105,8 +110,12 @@ def fit(
             model.to(place)
             if task.fit is not None:
                 return _own_fit(model, task, recipe or task.recipe, seed, teacher, validate)
-            loop = Loop(model, task, chosen, seed, teacher, place, validate, tuple(callbacks), told, hook)
-            return loop.run(checkpoint, checkpoint_seconds)
+            with _parameterized(model, chosen, checkpoint is not None) as parameterization:
+                calls = tuple(callbacks)
+                loop = Loop(model, task, chosen, seed, teacher, place, validate, calls, told, hook, parameterization)
+                result = loop.run(None if checkpoint is None else Path(checkpoint), checkpoint_seconds)
+            _require_finite(model, task)
+            return result
         finally:
             model.to(home)
             model.eval()
@@ -116,6 +125,54 @@ def _place(device: torch.device | str | None, home: torch.device) -> torch.devic
     if device is not None:
         return torch.device(device)
     return torch.device("cuda") if torch.cuda.is_available() and home.type == "cpu" else home
+
+
+@contextmanager
+def _parameterized(model: nn.Module, recipe: Recipe, resumable: bool) -> Iterator[Parameterization]:
+    """The recipe's parameterization of a model, removed at the end however that comes.
+
+    Args:
+        model: rewritten in place.
+        recipe: names the parameterization.
+        resumable: whether a model whose training is cut short gets its given values back, so that the parameterization
+            can be called again as before.
+    """
+    names = {part: set(part.__dict__) for part in model.modules()}
+    given = {}
+    if resumable and recipe.parameterization is not None:
+        given = {name: value.detach().to("cpu", copy=True) for name, value in _tensors(model)}
+    parameterization = Parameterization(recipe, model)
+    marks = [(part, name) for part, known in names.items() for name in part.__dict__.keys() - known]
+    try:
+        yield parameterization
+    except BaseException:
+        parameterization.remove()
+        if given:
+            _put_back(model, given, marks)
+        raise
+    parameterization.remove()
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, given: dict[str, Tensor], marks: list[tuple[nn.Module, str]]) -> None:
+    for name, value in _tensors(model):
+        if name in given and given[name].shape == value.shape:
+            value.copy_(given[name])
+    for part, name in marks:
+        part.__dict__.pop(name, None)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())
+
+
+def _require_finite(model: nn.Module, task: Task) -> None:
+    for name, value in model.named_parameters():
+        if not bool(torch.isfinite(value).all()):  # rounding to integers can hide it from the loss
+            raise NonFiniteLossError(
+                f"Task {task.name!r}: training left values in {name} that are not finite. Lower the learning "
+                "rate, set Recipe(clip_norm=1.0), or look for a function without a gradient, such as sqrt at 0."
+            )
 
 
 def _own_fit(

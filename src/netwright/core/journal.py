@@ -11,6 +11,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from netwright.core.errors import RunDirectoryError
+from netwright.core.files import remedy
 
 __all__ = ["new_journal", "without_interruption"]
 
@@ -46,7 +47,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunDirectoryError(
-            f"Cannot write {path}: {error.strerror or error}. Free some space, then go on with --resume."
+            f"Cannot write {path}: {error.strerror or error}. {remedy(error)}, then go on with --resume."
         ) from error
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from netwright.core.checkpoint import load_checkpoint, require_same, save_checkpoint
-from netwright.core.errors import NonFiniteLossError, RunDirectoryError
+from netwright.core.errors import RunDirectoryError
 from netwright.core.evaluate import evaluate
 from netwright.core.objective import Objective
 from netwright.core.optimization import (
@@ -95,7 +95,10 @@ class FitResult:
 
 
 class Loop:
-    """The state of one fit, and the iterations over it."""
+    """The state of one fit, and the iterations over it.
+
+    The model keeps its ``parameterization``, which is the recipe's by default: whoever runs the loop removes it.
+    """
 
     def __init__(
         self,
@@ -109,6 +112,7 @@ class Loop:
         callbacks: tuple[Callback, ...],
         progress: list[Progress],
         hook: StepHook | None = None,
+        parameterization: Parameterization | None = None,
     ) -> None:
         self.model, self.task, self.recipe, self.device = model, task, recipe, device
         self.seed, self.validate, self.callbacks, self.progress = seed, validate, callbacks, progress
@@ -117,7 +121,7 @@ class Loop:
         self.total = max(1, round(recipe.epochs * self.per_epoch))
         self.record_every = math.ceil(self.total / _RECORDS)
         self.teacher = Teacher(teacher, task, recipe, device)
-        self.parameterization = Parameterization(recipe, model)
+        self.parameterization = parameterization or Parameterization(recipe, model)
         self.optimizer = make_optimizer(recipe, model, self.parameterization.groups)
         self.schedule = make_schedule(recipe, self.optimizer, self.total)
         self.average = make_average(recipe, model)
@@ -139,6 +143,8 @@ class Loop:
         """Resume where there is something to resume from, and iterate to the end."""
         if checkpoint is not None and not checkpoint.parent.is_dir():
             raise RunDirectoryError(f"There is no folder {checkpoint.parent} for the checkpoint. Make it first.")
+        if checkpoint is not None:
+            self._identity()  # a recipe that cannot be saved is refused before anything is trained
         if checkpoint is not None and checkpoint.exists():
             self._resume(checkpoint)
         saved, saved_step = time.monotonic(), self.step
@@ -191,13 +197,6 @@ class Loop:
         if self.average is not None:
             self.average.put_into(self.model)
         self._hold_zeros()
-        self.parameterization.remove()
-        for name, value in self.model.named_parameters():
-            if not bool(torch.isfinite(value).all()):  # rounding to integers can hide it from the loss
-                raise NonFiniteLossError(
-                    f"Task {self.task.name!r}: training left values in {name} that are not finite. Lower the learning "
-                    "rate, set Recipe(clip_norm=1.0), or look for a function without a gradient, such as sqrt at 0."
-                )
 
     def _tell(self, lr: float) -> None:
         ended = self.step % self.per_epoch == 0 or self.step == self.total

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from netwright.core.average import MovingAverage
 from netwright.core.errors import NetwrightError, RecipeError
+from netwright.core.named import giving, making_callables, taking
 from netwright.core.parametrized import fold_parametrizations, parametrized_names
 from netwright.core.recipe import SCHEDULE_LENGTHS, Recipe, resolve
 
@@ -48,8 +49,9 @@ class Parameterization:
         self._model = model
         self._before = parametrized_names(model)
         self._found: Any = None
-        if recipe.parameterization is not None:
-            self._found = _call(recipe.parameterization, recipe.parameterization_settings, model)
+        path = recipe.parameterization
+        if path is not None:
+            self._found = _call(taking(path, nn.Module), path, recipe.parameterization_settings, model)
 
     @property
     def groups(self) -> Groups | None:
@@ -91,9 +93,9 @@ def make_optimizer(recipe: Recipe, model: nn.Module, groups: Groups | None = Non
         trainable = [{**group, "params": params} for group, params in zip(groups, kept, strict=True) if params]
     if not trainable:
         raise RecipeError("The model has no parameter that requires a gradient, so there is nothing to train.")
-    factory = resolve(recipe.optimizer)
+    factory = giving(recipe.optimizer, Optimizer)
     settings = dict(recipe.optimizer_settings)
-    if callable(factory) and "model" in inspect.signature(factory).parameters:
+    if "model" in inspect.signature(factory).parameters:
         settings = {"model": model, **settings}
     try:
         optimizer = factory(trainable, **settings)
@@ -175,7 +177,7 @@ def make_clip(recipe: Recipe) -> Any:
     if recipe.clip is None:
         limit = recipe.clip_norm
         return None if limit is None else lambda params: nn.utils.clip_grad_norm_(params, limit)
-    return _callable(recipe.clip, _call(recipe.clip, recipe.clip_settings))
+    return _callable(recipe.clip, _call(making_callables(recipe.clip), recipe.clip, recipe.clip_settings))
 
 
 def make_average(recipe: Recipe, model: nn.Module) -> MovingAverage | None:
@@ -186,10 +188,11 @@ def make_average(recipe: Recipe, model: nn.Module) -> MovingAverage | None:
     """
     if recipe.average is None:
         return None
-    found: MovingAverage = _call(recipe.average_method, recipe.average_settings, model, recipe.average)
-    missing = [name for name in dir(MovingAverage) if not name.startswith("_") and not hasattr(found, name)]
+    kind = resolve(recipe.average_method)
+    missing = [name for name in dir(MovingAverage) if not name.startswith("_") and not hasattr(kind, name)]
     if missing:
         raise RecipeError(f"{recipe.average_method} cannot average weights: it has no {', '.join(missing)}.")
+    found: MovingAverage = _call(kind, recipe.average_method, recipe.average_settings, model, recipe.average)
     return found
 
 
@@ -201,12 +204,12 @@ def make_penalty(recipe: Recipe, model: nn.Module) -> Callable[[], Tensor] | Non
     """
     if recipe.penalty is None:
         return None
-    found: Callable[[], Tensor] = _callable(recipe.penalty, _call(recipe.penalty, recipe.penalty_settings, model))
+    made = _call(taking(recipe.penalty, nn.Module), recipe.penalty, recipe.penalty_settings, model)
+    found: Callable[[], Tensor] = _callable(recipe.penalty, made)
     return found
 
 
-def _call(path: str, settings: Mapping[str, Any], *arguments: Any) -> Any:
-    function = resolve(path)
+def _call(function: Any, path: str, settings: Mapping[str, Any], *arguments: Any) -> Any:
     try:
         return function(*arguments, **settings)
     except (TypeError, ValueError, RuntimeError, NetwrightError) as error:
@@ -242,7 +245,7 @@ def make_schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRSchedul
             f"{recipe.optimizer} has no learning rate for {recipe.schedule} to move. Set schedule=None (on the command "
             "line, schedule=none)."
         )
-    factory = resolve(recipe.schedule)
+    factory = giving(recipe.schedule, LRScheduler)
     settings = dict(recipe.schedule_settings)
     known = inspect.signature(factory).parameters
     if "max_lr" in known and "max_lr" not in settings:

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,9 @@ from netwright.core.errors import RecipeError
 __all__ = ["SCHEDULE_LENGTHS", "Recipe", "resolve"]
 
 SCHEDULE_LENGTHS = ("total_steps", "T_max", "total_iters")
-"""Arguments of schedules that are a number of iterations."""
+"""Arguments of schedules that are the number of iterations of the whole fit, filled in where they are not given."""
+
+_PARTS = ("step_size", "step_size_up", "step_size_down", "T_0", "milestones")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Recipe:
     """How a network is trained; round-trips through JSON.
 
     Names of methods are import paths (``"torch.optim:AdamW"``), so that any library's method
-    serves.
+    serves. What a name leads to is called only if it is of the kind that the setting asks for: a class is judged by its
+    bases, a library's function by its annotations; a function of the user's own needs none.
 
     Args:
         optimizer: import path of a ``torch.optim.Optimizer``. One whose signature has a parameter ``model`` is given
@@ -84,7 +87,16 @@ class Recipe:
     distill_temperature: float = 2.0
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.batch_size, int) and self.batch_size > 0, "batch_size", "a positive integer", self)
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if entry.name.endswith("_settings"):
+                _require(isinstance(value, Mapping), entry.name, "a mapping of names to values", self)
+            elif entry.type is str:
+                _require(isinstance(value, str), entry.name, "a string", self)
+            elif entry.type == str | None:
+                _require(value is None or isinstance(value, str), entry.name, "a string, or None", self)
+        size = self.batch_size
+        _require(_number(size) and isinstance(size, int) and size > 0, "batch_size", "a positive integer", self)
         _require(_positive(self.epochs), "epochs", "a positive finite number", self)
         _require(self.clip_norm is None or _positive(self.clip_norm), "clip_norm", "positive, or None", self)
         _require(self.clip is None or self.clip_norm is None, "clip", "None where clip_norm is given", self)
@@ -125,9 +137,17 @@ class Recipe:
             return changed
         if _number(settings.get("epochs")) and _number(settings.get("steps_per_epoch")):  # OneCycleLR takes both
             settings["total_steps"] = settings.pop("epochs") * settings.pop("steps_per_epoch")
-        for name in settings.keys() & set(SCHEDULE_LENGTHS):
-            if _number(settings[name]):
-                settings[name] = max(1, math.ceil(round(settings[name] * epochs / self.epochs, 6)))
+
+        def scaled(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return [scaled(entry) for entry in value]
+            return max(1, math.ceil(round(value * epochs / self.epochs, 6))) if _number(value) else value
+
+        for name in settings.keys() & {*SCHEDULE_LENGTHS, *_PARTS}:
+            settings[name] = scaled(settings[name])
+        warmup = settings.get("warmup")
+        if isinstance(warmup, int) and _number(warmup):  # iterations; a share of them stays
+            settings["warmup"] = math.floor(round(warmup * epochs / self.epochs, 6))  # less than the whole
         return changed.replace(schedule_settings=settings)
 
     def scaled(self, rate: float) -> "Recipe":
@@ -139,7 +159,14 @@ class Recipe:
         """
 
         def changed(settings: Mapping[str, Any]) -> dict[str, Any]:
-            return {name: value * rate if name in ("lr", "max_lr") else value for name, value in settings.items()}
+            return {name: scaled(name, value) for name, value in settings.items()}
+
+        def scaled(name: str, value: Any) -> Any:
+            if isinstance(value, Mapping):  # of an optimizer within the optimizer
+                return changed(value)
+            if name not in ("lr", "max_lr") or value is None:
+                return value
+            return [entry * rate for entry in value] if isinstance(value, list | tuple) else value * rate
 
         return self.replace(
             optimizer_settings=changed(self.optimizer_settings),
@@ -148,8 +175,19 @@ class Recipe:
         )
 
     def to_json(self) -> str:
-        """The recipe as a JSON object."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """The recipe as a JSON object.
+
+        Raises:
+            RecipeError: a setting that is no plain data, such as a class or a tensor.
+        """
+        try:
+            return json.dumps(dataclasses.asdict(self), indent=2)
+        except TypeError as error:
+            named = ", ".join(_unplain(vars(self))) or "The recipe"
+            raise RecipeError(
+                f"{named} cannot be written as JSON: {error}. Give numbers and names, and a class or a function as "
+                "import path, for example torch.optim:AdamW."
+            ) from error
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
@@ -160,7 +198,7 @@ class Recipe:
         """
         try:
             settings = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RecipeError(f"A recipe must be a JSON object: {error}") from error
         if not isinstance(settings, dict):
             raise RecipeError(f"A recipe must be a JSON object, got {type(settings).__name__}.")
@@ -191,6 +229,19 @@ def resolve(path: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise RecipeError(f"{path!r} cannot be imported: {error}.") from error
     return found
+
+
+def _unplain(settings: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """Where the settings are that have no form in JSON."""
+    for name, value in settings.items():
+        place = f"{within}[{name!r}]" if within else f"Recipe.{name}"
+        if isinstance(value, Mapping):
+            yield from _unplain(value, place)
+            continue
+        try:
+            json.dumps(value)
+        except TypeError:
+            yield place
 
 
 def _number(value: Any) -> bool:

@@ -4,7 +4,6 @@ Whole files are replaced atomically (written beside, flushed to disk, renamed); 
 lines, each flushed before the call returns. One process at a time owns the directory.
 """
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,74 +12,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from netwright.core.errors import CorruptRunError, RunDirectoryError, RunLockedError
-from netwright.core.files import atomic_write
+from netwright.core.files import UNFINISHED, atomic_write
+from netwright.core.records import append_line, read_json, read_lines, write_json
 
-__all__ = ["MARK", "RunDirectory", "read_json", "read_lines", "write_json"]
+__all__ = ["MARK", "RunDirectory"]
 
 MARK = "run.json"
 """The file that makes a folder a run; it holds the settings."""
 _LOCK = ".lock"
-_UNFINISHED = f".{MARK}."  # what the name of a settings file begins with while it is written
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, atomically; NaN and infinities are refused."""
-    text = json.dumps(value, indent=1, allow_nan=False)
-    with atomic_write(path) as temporary:
-        temporary.write_text(text + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        CorruptRunError: the file is missing, cannot be read, is truncated or not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CorruptRunError(f"{path} is missing, so {path.parent} is not a whole run.") from error
-    except OSError as error:
-        raise CorruptRunError(
-            f"{path} cannot be read: {error.strerror or error}. It must be a file of JSON that you may read."
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptRunError(
-            f"{path} is not valid JSON ({error}). It was truncated or edited; restore it, or start again in another "
-            "folder."
-        ) from error
-
-
-def read_lines(path: Path) -> tuple[list[Any], int]:
-    """Read a log of JSON lines.
-
-    A torn last line, as a crash leaves it, is passed over.
-
-    Returns:
-        The values, and the number of bytes that hold them (a torn line begins there).
-
-    Raises:
-        CorruptRunError: a line that is not JSON and not the last.
-    """
-    values: list[Any] = []
-    sound = 0
-    if not path.exists():
-        return values, sound
-    lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        try:
-            if not line.endswith(b"\n"):
-                raise ValueError("line without an end")
-            values.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise CorruptRunError(
-                f"{path}, line {number}, is not valid JSON. It was damaged after it was written; delete that line "
-                "to go on without that evaluation."
-            ) from error
-        sound += len(line)
-    return values, sound
 
 
 class RunDirectory:
@@ -122,7 +61,7 @@ class RunDirectory:
                 f"{self.path} already holds a run. Go on with it by --resume, or give another folder with --out."
             )
         names = {entry.name for entry in self.path.iterdir()}
-        if any(name != _LOCK and not name.startswith(_UNFINISHED) for name in names):
+        if any(name != _LOCK and not (name.startswith(f".{MARK}.") and name.endswith(UNFINISHED)) for name in names):
             raise RunDirectoryError(
                 f"{self.path} is not empty and not a Netwright run. Give an empty or a new folder with --out."
             )
@@ -157,14 +96,14 @@ class RunDirectory:
         return self
 
     def open(self) -> "RunDirectory":
-        """Own a folder that holds a run, and mend what a crash left of its logs."""
+        """Own a folder that holds a run."""
         self.check_old()
         self._own()
-        self._drop_stale()
-        for log in self.path.glob("*.jsonl"):
-            _, sound = read_lines(log)
-            with log.open("rb+") as handle:
-                handle.truncate(sound)
+        try:
+            self._drop_stale()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def close(self) -> None:
@@ -178,9 +117,16 @@ class RunDirectory:
         self.close()
 
     @property
-    def settings(self) -> Any:
-        """What the run was started with."""
-        return self.read(MARK)
+    def settings(self) -> dict[str, Any]:
+        """What the run was started with.
+
+        Raises:
+            CorruptRunError: the file is damaged, or holds no object.
+        """
+        found: Any = self.read(MARK)
+        if not isinstance(found, dict):
+            raise CorruptRunError(f"{self.path / MARK} lacks the settings of a run: it holds no object. Restore it.")
+        return found
 
     def has(self, name: str) -> bool:
         """Whether a file of that name was written."""
@@ -201,6 +147,21 @@ class RunDirectory:
             )
         return value
 
+    def content(self, name: str) -> bytes:
+        """The bytes of the file ``name``.
+
+        Raises:
+            CorruptRunError: the file is missing or cannot be read.
+        """
+        path = self.path / name
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise CorruptRunError(
+                f"{path} cannot be read: {error.strerror or error}. It belongs to the run; restore it, or start again "
+                "in another folder."
+            ) from error
+
     def write(self, name: str, value: Any) -> None:
         """Replace the JSON file ``name`` atomically."""
         write_json(self.path / name, value)
@@ -214,25 +175,13 @@ class RunDirectory:
     def append(self, name: str, value: Any) -> None:
         """Add one line to the log ``name``; it is on disk when this returns.
 
+        What a crash left of the line before is cut off; where an editor left that line without its end, it gets one.
+
         Raises:
             RunDirectoryError: the line cannot be written, for example on a full disk.
+            CorruptRunError: the line before has no end, and there is a damaged one.
         """
-        path = self.path / name
-        line = json.dumps(value, allow_nan=False).encode() + b"\n"
-        try:
-            with path.open("ab") as log:
-                start = log.tell()
-                try:
-                    log.write(line)
-                    log.flush()
-                    os.fsync(log.fileno())
-                except OSError:
-                    os.ftruncate(log.fileno(), start)
-                    raise
-        except OSError as error:
-            raise RunDirectoryError(
-                f"Cannot write {path}: {error.strerror or error}. Free some space, then go on with --resume."
-            ) from error
+        append_line(self.path / name, value)
 
     def lines(self, name: str) -> list[Any]:
         """The values in the log ``name``."""
@@ -240,8 +189,8 @@ class RunDirectory:
 
     def _drop_stale(self) -> None:
         """Remove what was being written when the last process died."""
-        for stale in self.path.glob(".*.*"):
-            if stale.name != _LOCK:
+        for stale in self.path.glob(f".*{UNFINISHED}"):
+            if stale.is_file() and not stale.is_symlink():
                 stale.unlink(missing_ok=True)
 
     def _own(self) -> None:

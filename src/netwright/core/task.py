@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -198,7 +199,8 @@ def load_task(spec: str) -> Task:
     """The task named by ``spec``: a built-in name, ``file.py:name`` or ``module:name``.
 
     ``name`` is a :class:`Task`, or a callable without arguments that returns one. A file imports what stands beside it,
-    as a script does: while it is read its folder comes first on ``sys.path``, and from then on last.
+    as a script does: while it is read its folder comes first on ``sys.path``, and from then on last. So does a module
+    with the current directory.
 
     Raises:
         TaskError: nothing of that name, a file that raises, or an object that is not a task.
@@ -268,13 +270,24 @@ def _load_file(path: Path) -> Any:
     except NetwrightError:
         raise
     except (Exception, SystemExit) as error:
-        raise TaskError(f"{path} raised {type(error).__name__} while it was imported: {error}") from error
+        hint = _as_part_of_a_package(path.resolve()) if "relative import" in str(error) else ""
+        raise TaskError(f"{path} raised {type(error).__name__} while it was imported: {error}{hint}") from error
     return module
+
+
+def _as_part_of_a_package(path: Path) -> str:
+    """How a file that imports relatively to its package is to be named; empty where it is in none."""
+    names, folder = [path.stem], path.parent
+    while (folder / "__init__.py").is_file():
+        names.insert(0, folder.name)
+        folder = folder.parent
+    return f". It is part of a package: write {'.'.join(names)}:name from {folder}." if len(names) > 1 else ""
 
 
 def _load_module(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        with neighbourhood(os.getcwd()):
+            return importlib.import_module(name)
     except NetwrightError:
         raise
     except (Exception, SystemExit) as error:

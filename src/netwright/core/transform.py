@@ -72,6 +72,14 @@ class Chain:
 
     Raises:
         TransformError: an empty chain, or a step that is not callable.
+
+    Example:
+        >>> from netwright.compress import Int8, Prune
+        >>> from netwright.core.task import load_task
+        >>> task = load_task("breast-cancer")
+        >>> smaller = Chain([Prune(ratios=0.5), Int8()])(task.build(), task)
+        >>> smaller(task.example()).shape
+        torch.Size([2, 2])
     """
 
     steps: Sequence[Transform]

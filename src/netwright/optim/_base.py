@@ -3,8 +3,10 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
@@ -56,7 +58,8 @@ class Member(NamedTuple):
 class BaseOptimizer(Optimizer):
     """A ``torch.optim.Optimizer`` that checks what it is given.
 
-    Subclasses set the class variables, implement :meth:`check` and ``step``, and leave everything else alone.
+    Subclasses set the class variables and implement :meth:`check` and ``step``. Those that keep more than torch
+    restores extend :meth:`check_state` and :meth:`take_state`. All leave everything else alone.
 
     ============= ========================================================================================
     closure_kind  what ``step`` wants
@@ -92,6 +95,7 @@ class BaseOptimizer(Optimizer):
         """Add a group, checked as at construction."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group.update({name: value.item() for name, value in group.items() if isinstance(value, np.generic)})
         try:
             self.check(group)
             if not self.takes_complex and any(param.is_complex() for param in group["params"]):
@@ -113,11 +117,26 @@ class BaseOptimizer(Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state.
+        """Go on from a saved state, as the hooks that are registered for loading hand it over.
 
         Raises:
             StateDictError: the state of another kind of optimizer.
         """
+        handed: list[dict[str, Any]] = []
+
+        def check(_: Optimizer, state: dict[str, Any]) -> None:
+            self.check_state(state)
+            handed.append(state)
+
+        last = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        self.take_state(handed[0])
+
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """Raise ``StateDictError`` for a state that this kind of optimizer did not save."""
         for group in state_dict["param_groups"]:
             missing = sorted(set(self.defaults) - _LATE - set(group))
             if missing:
@@ -126,7 +145,9 @@ class BaseOptimizer(Optimizer):
             unknown = sorted(set(map(str, state)) - self.state_names)
             if unknown:
                 raise StateDictError(self._foreign(f"it keeps {', '.join(unknown)}"))
-        super().load_state_dict(state_dict)
+
+    def take_state(self, state_dict: dict[str, Any]) -> None:
+        """Take from a checked state what torch, which has loaded it, does not restore by itself."""
 
     def _foreign(self, why: str) -> str:
         kept = ", ".join(sorted(self.state_names)) or "nothing"
@@ -196,7 +217,8 @@ class BaseOptimizer(Optimizer):
                 continue
             grad = -given if group.get("maximize") else given
             real = torch.view_as_real(param) if param.is_complex() else param
-            found.append(Member(real, torch.view_as_real(grad) if grad.is_complex() else grad, self.state[param]))
+            pairs = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+            found.append(Member(real, pairs, self.state[param]))
         return found
 
 
@@ -225,7 +247,7 @@ def check_number(
         SettingError: anything else.
     """
     number = math.nan
-    if isinstance(value, int | float | Tensor) and not isinstance(value, bool):
+    if isinstance(value, Real | Tensor) and not isinstance(value, bool):
         number = float(cast(float, value)) if not isinstance(value, Tensor) or value.numel() == 1 else math.nan
     inside = low <= number <= high and not (above and number == low) and not (below and number == high)
     if not inside or math.isinf(number):

@@ -13,7 +13,7 @@ __all__ = ["Snapshot", "flatten", "flatten_grads", "put", "restore", "restore_te
 
 def flatten(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """All entries in one new vector, complex ones as pairs."""
-    real = [torch.view_as_real(entry) if entry.is_complex() else entry for entry in tensors]
+    real = [torch.view_as_real(entry.resolve_conj()) if entry.is_complex() else entry for entry in tensors]
     return torch.cat([entry.detach().reshape(-1).to(dtype) for entry in real])
 
 

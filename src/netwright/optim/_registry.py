@@ -137,8 +137,11 @@ def create(name: str, params: ParamsT | nn.Module, **settings: Any) -> Optimizer
     given = params.parameters() if isinstance(params, nn.Module) else params
     try:
         optimizer: Optimizer = resolve(record.object)(given, **settings)
-    except TypeError as error:
-        raise SettingError(f"{key} refuses the settings {sorted(settings)}: {error}.") from error
+    except SettingError:
+        raise
+    except (TypeError, ValueError) as error:
+        reason = str(error).rstrip(".")
+        raise SettingError(f"{key} refuses the settings {sorted(settings)}: {reason}.") from error
     return optimizer
 
 

@@ -102,7 +102,12 @@ class Wrapper(BaseOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's ``state_dict`` and this one's own state."""
-        return {**self.optimizer.state_dict(), type(self).__name__: self.own_state()}
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = {**self.optimizer.state_dict(), type(self).__name__: self.own_state()}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            state = _kept(after(self, state), state)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state.
@@ -111,6 +116,9 @@ class Wrapper(BaseOptimizer):
             StateDictError: a state that this kind of optimizer did not save.
         """
         name = type(self).__name__
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _kept(before(self, state_dict), state_dict)
         if name not in state_dict:
             raise StateDictError(
                 f"This state was not saved by {name}: it has no entry {name!r}. "
@@ -118,3 +126,10 @@ class Wrapper(BaseOptimizer):
             )
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != name})
         self.load_own_state(state_dict[name])
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+
+def _kept(returned: dict[str, Any] | None, state: dict[str, Any]) -> dict[str, Any]:
+    """The state behind a hook, which returns another one or None."""
+    return state if returned is None else returned

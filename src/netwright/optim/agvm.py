@@ -151,15 +151,24 @@ class AGVM(Wrapper):
         The training loop then shows each batch in two halves.
 
         Args:
-            params: the parameters to move; those of the model that are not among them stay.
+            params: the parameters to move, without groups; those of the model that are not among them stay.
             model: whose children are the modules, see :func:`module_groups`.
             base: makes the inner optimizer: a class, its import path, or its short name.
             base_settings: its keyword arguments.
             lr: its learning rate; None leaves it to ``base_settings`` and its own default.
             first: names of children to put first, the reference before all.
             settings: those of :class:`AGVM`.
+
+        Raises:
+            SettingError: parameter groups, whose settings could not be kept; and as :class:`AGVM` does.
         """
-        wanted = set(params)
+        given = list(params)
+        if not all(isinstance(param, Tensor) for param in given):
+            raise SettingError(
+                "AGVM.over makes its groups from the model's modules, so it takes parameters and no groups of them, as "
+                "mup or a fine-tuning recipe give. Leave them out, or wrap an optimizer that has one group per module."
+            )
+        wanted = set(given)
         groups = [
             {**group, "params": [param for param in group["params"] if param in wanted]}
             for group in module_groups(model, *first)
@@ -230,7 +239,7 @@ class AGVM(Wrapper):
                 continue
             first = torch.zeros_like(param.grad) if first is None else first
             for found, grad in ((firsts, first), (seconds, param.grad - first)):
-                real = torch.view_as_real(grad) if grad.is_complex() else grad
+                real = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
                 found.append(self._scaled(real, self.state.get(param, {}), group))
         return firsts, seconds
 

@@ -149,10 +149,10 @@ def _refuse_sparse(grads: list[Tensor]) -> None:
 
 
 def _by_kind(grads: list[Tensor]) -> list[list[Tensor]]:
-    """Lists of one device and one type each, as the foreach kernels want them."""
+    """Lists of one device and one type each, as the foreach kernels want them, and none conjugated on reading."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad in grads:
-        found.setdefault((grad.device, grad.dtype), []).append(grad)
+        found.setdefault((grad.device, grad.dtype), []).append(grad.conj() if grad.is_conj() else grad)
     return list(found.values())
 
 

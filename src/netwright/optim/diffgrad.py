@@ -144,17 +144,13 @@ class DiffGrad(BaseOptimizer):
         check_number(self, "weight_decay", group["weight_decay"])
         check_form(self, group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state.
-
-        Raises:
-            StateDictError: the state of another kind of optimizer, Adam's among them.
-        """
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """Raise ``StateDictError`` for the state of another kind of optimizer, Adam's among them."""
         for state in state_dict["state"].values():
             missing = sorted(self.state_names - set(state))
             if missing:
                 raise StateDictError(self._foreign(f"it lacks {', '.join(missing)}"))
-        super().load_state_dict(state_dict)
+        super().check_state(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from netwright.core.errors import StateDictError
 from netwright.optim._base import BaseOptimizer, Group, Member, check_number
 from netwright.optim._fused import check_form
+from netwright.optim._points import restore_tensors
 from netwright.optim._vectors import add, distance, lerp, squares
 
 __all__ = ["DoG"]
@@ -30,13 +31,15 @@ class DoG(BaseOptimizer):
               \eta_t = \frac{\bar r_t}{\sqrt{\sum_{i \le t} \lVert g_i \rVert^2 + \epsilon}}, \qquad
               x_{t+1} = x_t - \gamma\,\eta_t\,g_t,
 
-    where :math:`r_\epsilon = \rho\,(1 + \lVert x_0 \rVert)`. A parameter without a gradient counts where it is.
+    where :math:`r_\epsilon = \rho\,(1 + \lVert x_0 \rVert)`, the norm taken over the parameters that have a gradient
+    in the first step, so that frozen ones change nothing. Later a parameter without a gradient counts where it is.
     The average weighs late iterates more:
 
     .. math:: a_{t} = a_{t-1} + \frac{1 + p}{t + p}\,(x_t - a_{t-1}), \qquad t = 1, 2, \dots
 
     Cost: two reductions and an update per step, and two words per parameter: :math:`x_0` and :math:`a` (one word with
-    ``average=None``). The two norms are read back from the device in each step.
+    ``average=None``). For parameters in half precision both are kept in float32, and so is :math:`x_t`, as its first
+    movements are smaller than half precision can tell. The two norms are read back from the device in each step.
 
     Args:
         params: parameters, or groups of them; all of them make one vector.
@@ -73,7 +76,7 @@ class DoG(BaseOptimizer):
     Differs: parameter groups share one distance and one sum; the authors' code gives each group its own.
     """
 
-    state_names = frozenset({"start", "average", "step", "radius", "total"})
+    state_names = frozenset({"start", "average", "point", "step", "radius", "total"})
     takes_complex = True
     one_device = True
 
@@ -102,13 +105,8 @@ class DoG(BaseOptimizer):
         check_number(self, "weight_decay", group["weight_decay"])
         check_form(self, group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state.
-
-        Raises:
-            StateDictError: the state of another kind of optimizer, or one with an average where this keeps none, or
-                without one where this keeps one.
-        """
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """Raise ``StateDictError`` where one of the state and this keeps an average and the other does not."""
         for state in state_dict["state"].values():
             if "start" in state and ("average" in state) != (self.average is not None):
                 found = "an average of the iterates" if "average" in state else "no average of the iterates"
@@ -116,7 +114,11 @@ class DoG(BaseOptimizer):
                     f"The state holds {found}, and this DoG has average={self.average}. Set average as it was when the "
                     "state was saved."
                 )
-        super().load_state_dict(state_dict)
+        super().check_state(state_dict)
+
+    def take_state(self, state_dict: dict[str, Any]) -> None:
+        """Go on to the last bit."""
+        restore_tensors(self, state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -133,34 +135,38 @@ class DoG(BaseOptimizer):
         parts = [(group, members) for group in self.param_groups if (members := self.members(group))]
         if not parts:
             return loss
-        gradients = [_gradients(group, members) for group, members in parts]
+        points = [[_point(member.param, member.state) for member in members] for _, members in parts]
+        gradients = [_gradients(group, members, at) for (group, members), at in zip(parts, points, strict=True)]
         total = 0.0
-        for (group, members), grads in zip(parts, gradients, strict=True):
-            for member in members:
+        for (group, members), at, grads in zip(parts, points, gradients, strict=True):
+            for member, point in zip(members, at, strict=True):
                 if "start" not in member.state:
-                    member.state["start"] = member.param.clone()
+                    member.state["start"] = point.clone()
                     if self.average is not None:
-                        member.state["average"] = member.param.clone()
+                        member.state["average"] = point.clone()
             total += squares(self, group, grads)
         begun = [(group, *self._begun(group)) for group in self.param_groups]
-        moved = sum(distance(self, group, params, [s["start"] for s in states]) for group, params, states in begun)
+        moved = sum(distance(self, group, there, [s["start"] for s in states]) for group, there, states in begun)
         own = self._own(parts)
         own["step"] += 1
         own["total"] += total
         own["radius"] = max(own["radius"], math.sqrt(moved))
         size = _step_size(own["radius"], own["total"], self.eps)
-        for (group, members), grads in zip(parts, gradients, strict=True):
-            add(self, group, [member.param for member in members], grads, -float(group["lr"]) * size)
+        for (group, members), at, grads in zip(parts, points, gradients, strict=True):
+            add(self, group, at, grads, -float(group["lr"]) * size)
+            for member in members:
+                if "point" in member.state:
+                    member.param.copy_(member.state["point"])
         if self.average is not None:
             weight = (1 + self.average) / (own["step"] + self.average)
-            for group, params, states in begun:
-                lerp(self, group, [state["average"] for state in states], params, weight)
+            for group, there, states in begun:
+                lerp(self, group, [state["average"] for state in states], there, weight)
         return loss
 
     def _begun(self, group: Group) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        """The parameters of a group that move or have moved before, and their state."""
+        """Where the parameters of a group are that move or have moved before, and their state."""
         known = [param for param in group["params"] if "start" in self.state.get(param, {})]
-        return [_real(param) for param in known], [self.state[param] for param in known]
+        return [_point(_real(param), self.state[param]) for param in known], [self.state[param] for param in known]
 
     def _own(self, parts: list[tuple[Group, list[Member]]]) -> dict[str, Any]:
         """What is kept for all parameters together, in the state of the first one."""
@@ -184,12 +190,16 @@ class DoG(BaseOptimizer):
             ...     print(weight.sum().item())
             2.0
         """
-        pairs = [(_real(param), state["average"]) for param, state in self.state.items() if "average" in state]
+        known = [(_real(param), state) for param, state in self.state.items() if "average" in state]
+        pairs = [(param, state["average"]) for param, state in known if "point" not in state]
+        wide = [(param, _point(param, state), state["average"]) for param, state in known if "point" in state]
         _swap(pairs)
+        _put([(param, average) for param, _, average in wide])
         try:
             yield
         finally:
             _swap(pairs)
+            _put([(param, point) for param, point, _ in wide])
 
 
 def _step_size(radius: float, total: float, eps: float) -> float:
@@ -197,13 +207,34 @@ def _step_size(radius: float, total: float, eps: float) -> float:
     return radius / math.sqrt(total + eps) if total > 0 else 0.0
 
 
-def _gradients(group: Group, members: list[Member]) -> list[Tensor]:
+def _gradients(group: Group, members: list[Member], points: list[Tensor]) -> list[Tensor]:
     decay = group["weight_decay"]
-    return [m.grad.add(m.param, alpha=decay) if decay else m.grad for m in members]
+    return [
+        torch.add(member.grad, point, alpha=decay) if decay else member.grad
+        for member, point in zip(members, points, strict=True)
+    ]
 
 
 def _real(param: Tensor) -> Tensor:
     return torch.view_as_real(param) if param.is_complex() else param
+
+
+@torch.no_grad()
+def _point(param: Tensor, state: dict[str, Any]) -> Tensor:
+    """The parameter in at least float32: itself, or what is kept for it, wherever nobody else has moved it since."""
+    kind = torch.promote_types(param.dtype, torch.float32)
+    if kind == param.dtype:
+        return param
+    if "point" not in state:
+        state["point"] = param.detach().to(kind)
+    point: Tensor = state["point"]
+    return point.copy_(torch.where(point.to(param.dtype) == param, point, param))
+
+
+@torch.no_grad()
+def _put(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for param, value in pairs:
+        param.copy_(value)
 
 
 @torch.no_grad()

@@ -194,9 +194,8 @@ class KFAC(BaseOptimizer):
         if self._complete:
             self._listen()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        super().load_state_dict(state_dict)
+    def take_state(self, state_dict: dict[str, Any]) -> None:
+        """Go on to the last bit, and listen to the layers anew."""
         restore_tensors(self, state_dict)
         self._listen()
 

@@ -131,13 +131,8 @@ class MFAC(BaseOptimizer):
                     "Give it to MFAC, not to a group."
                 )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state, to the last bit.
-
-        Raises:
-            StateDictError: the state of another kind of optimizer.
-        """
-        super().load_state_dict(state_dict)
+    def take_state(self, state_dict: dict[str, Any]) -> None:
+        """Go on to the last bit."""
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         for param, key in zip(params, saved, strict=True):  # torch has cast what belongs to all to this one's dtype

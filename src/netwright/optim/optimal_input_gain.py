@@ -158,11 +158,12 @@ class OptimalInputGain(BaseOptimizer):
             raise SettingError(f"OptimalInputGain: hidden must be 'bp' or 'hwo', got {hidden!r}.")
         if not isinstance(gains, bool):
             raise SettingError(f"OptimalInputGain: gains must be True or False, got {gains!r}.")
-        self.hidden: Hidden = hidden
-        self.gains = gains
+        self.hidden, self.gains = hidden, gains
         self.ridge = check_number(self, "ridge", ridge)
         self._layers = layers_of(model)
+        self._complete = False
         super().__init__(params, {"lr": lr})
+        self._complete = True
         own = {id(param) for param in model.parameters()}
         given = {id(param) for group in self.param_groups for param in group["params"] if param.requires_grad}
         if own != given:
@@ -174,15 +175,17 @@ class OptimalInputGain(BaseOptimizer):
     def check(self, group: Group) -> None:
         """Raise ``SettingError`` for a setting of this group outside its range."""
         check_number(self, "lr", group["lr"])
+        if self._complete:
+            raise SettingError("OptimalInputGain has all layers of its model and takes no further group.")
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state; one of another kind, whose groups have further settings, is a StateDictError."""
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """Raise ``StateDictError`` for the state of another kind of optimizer, whose groups have further settings."""
         known = _COMMON.union(self.defaults, *self.param_groups)
         for group in state_dict["param_groups"]:
             unknown = sorted(set(group) - known)
             if unknown:
                 raise StateDictError(self._foreign(f"its groups have {', '.join(unknown)}"))
-        super().load_state_dict(state_dict)
+        super().check_state(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]  # torch wants a float

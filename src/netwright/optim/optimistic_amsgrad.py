@@ -118,12 +118,8 @@ class OptimisticAMSGrad(BaseOptimizer):
         check_number(self, "weight_decay", group["weight_decay"])
         check_pair(self, "betas", group["betas"])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state.
-
-        Raises:
-            StateDictError: the state of another kind of optimizer, Adam's among them, or of another ``span``.
-        """
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """Raise ``StateDictError`` for another kind of optimizer's state, Adam's among them, or another ``span``'s."""
         states = list(state_dict["state"].values())
         moved = [state for state in states if set(state) - {"seen", "gram"}]
         for state in moved:
@@ -132,7 +128,7 @@ class OptimisticAMSGrad(BaseOptimizer):
         lengths = [len(state[name]) for state in states for name in ("differences", "gram") if name in state]
         if lengths != [self.span] * (len(moved) + 1 if moved and self.span else 0):  # one for each, and one for all
             raise StateDictError(f"The state was not saved with span={self.span}. Set span as it was.")
-        super().load_state_dict(state_dict)
+        super().check_state(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -159,9 +159,8 @@ class Shampoo(BaseOptimizer):
                 f"Shampoo: grafting must be one of {', '.join(get_args(Grafting))}, got {group['grafting']!r}."
             )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        super().load_state_dict(state_dict)
+    def take_state(self, state_dict: dict[str, Any]) -> None:
+        """Go on to the last bit."""
         restore_tensors(self, state_dict)
 
     @torch.no_grad()

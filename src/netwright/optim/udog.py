@@ -45,7 +45,8 @@ class UDoG(BaseOptimizer):
               M_t = \max_{i \le t} \alpha_i^2 \lVert m_i \rVert^2, \qquad
               G^x_t = c(Q_{t-1} + M_t), \qquad G^y_t = c(Q_t + M_t),
 
-    with :math:`r_\epsilon = \rho\,(1 + \lVert x_0 \rVert)`. The sum :math:`Q` measures smoothness and noise by
+    with :math:`r_\epsilon = \rho\,(1 + \lVert x_0 \rVert)`, the norm taken over the parameters that have a gradient
+    in the first step, so that frozen ones change nothing. The sum :math:`Q` measures smoothness and noise by
     how far the gradient moves within a step; :math:`M` keeps one step from exceeding about :math:`\bar r_t`.
     :math:`c(s) = s`, or :math:`c(s) = s\,(1 + \ln (s / M_0))^2` with ``damped``, under which the sum of
     :math:`\lVert \alpha_i (g_i - m_i) \rVert^2 / G^y_i` is at most 1 over any run: noise can then no longer push the
@@ -116,13 +117,8 @@ class UDoG(BaseOptimizer):
         """Raise ``SettingError`` for a setting outside its range."""
         check_form(self, group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state, to the last bit.
-
-        Raises:
-            StateDictError: the state of another kind of optimizer.
-        """
-        super().load_state_dict(state_dict)
+    def take_state(self, state_dict: dict[str, Any]) -> None:
+        """Go on to the last bit."""
         restore_tensors(self, state_dict)
 
     @torch.no_grad()
@@ -263,5 +259,5 @@ def _real(param: Tensor) -> Tensor:
 def _gradient(param: Tensor, group: Group) -> Tensor:
     """What is descended, as a real tensor; zeros where there is no gradient."""
     grad = torch.zeros_like(param) if param.grad is None else param.grad
-    real = _real(grad)
+    real = _real(grad.resolve_conj())
     return -real if group["maximize"] else real

@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def check_number(owner: str, name: str, value: Any, *, low: float = 0.0, above: 
     Raises:
         SettingError: anything else.
     """
-    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if math.isfinite(number) and (number > low or (number == low and not above)):
         return number
     raise SettingError(

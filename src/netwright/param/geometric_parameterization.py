@@ -151,8 +151,8 @@ def geometric_parameterization(
 
     Raises:
         SettingError: no layer, a pattern that matches none, a lazy layer, a weight that modules share or that is
-            parametrized already, one in half precision or complex, or a bias at a unit without weights. Nothing is
-            changed then.
+            parametrized already, one without values, in half precision or complex, or a bias at a unit without weights.
+            Nothing is changed then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -182,6 +182,8 @@ def geometric_parameterization(
                 f"{_OWNER}: {label} is of {weight.dtype}, and angles need float32. Convert the model, and train in "
                 "lower precision by autocast."
             )
+        if weight.is_meta:
+            raise SettingError(f"{_OWNER}: {label} is on the meta device and has no values. Load them first.")
         bias = layer._parameters.get("bias")
         if scale_bias and bias is not None:
             _offsets(_coordinates(to_rows(weight.detach(), row_groups(layer)))[0], bias.detach())

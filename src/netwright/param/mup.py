@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from netwright.core.errors import SettingError
 from netwright.param._mup_coordinates import CoordinateCheck, coordinate_check
@@ -25,8 +26,12 @@ class _Multiplier:
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0] * self.factor, *args[1:])
+    def __call__(
+        self, module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        if args:
+            return (args[0] * self.factor, *args[1:]), named
+        return args, {**named, "input": named["input"] * self.factor}
 
 
 def mup(
@@ -93,7 +98,7 @@ def mup(
 
     Raises:
         SettingError: models that differ in more than lengths, a setting outside its range, a dimension that is no
-            width, or a model that was rescaled before.
+            width, a weight that is computed from other parameters, or a model that was rescaled before.
 
     Example:
         >>> def network(width):
@@ -116,6 +121,7 @@ def mup(
     is not part of a state dict, so "keep" adds it where it is missing.
     """
     _check(model, optimizer, lr, damping, initialization)
+    _require_plain(model)
     widths = widths_of(model, base, delta, roles or {})
     params = dict(model.named_parameters())
     if initialization != "keep":
@@ -128,7 +134,7 @@ def mup(
             _rescale(param, _gain(widths[name], initialization))
     for name, layer in tied_outputs(model):
         if not any(isinstance(hook, _Multiplier) for hook in layer._forward_pre_hooks.values()):
-            layer.register_forward_pre_hook(_Multiplier(1 / widths[name].fan_out))
+            layer.register_forward_pre_hook(_Multiplier(1 / widths[name].fan_out), with_kwargs=True)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, param in params.items():
         settings = {"lr": lr * _RATES[optimizer](widths[name]), **_dampings(optimizer, widths[name], damping)}
@@ -150,6 +156,17 @@ def _check(model: object, optimizer: object, lr: object, damping: object, initia
             raise SettingError(f"mup: {what} must be a number at least 0, got {value!r}.")
     if damping is not None and optimizer == "sgd":
         raise SettingError("mup: SGD has no damping. Leave it out.")
+
+
+def _require_plain(model: nn.Module) -> None:
+    for name, part in model.named_modules():
+        computed = parametrize.is_parametrized(part)
+        older = any(hasattr(part, f"weight_{end}") for end in ("g", "orig"))  # weight_norm and spectral_norm by hooks
+        if computed or (older and "weight" not in part._parameters):
+            raise SettingError(
+                f"mup: layer {name!r} computes its weight from other parameters, and those have no role here. Undo "
+                "that first: netwright.param.fold(model), or the older torch.nn.utils.remove_weight_norm."
+            )
 
 
 def _gain(width: Width, initialization: Initialization) -> float:

@@ -20,10 +20,21 @@ def _banks(weight: Tensor, layer: nn.Module) -> Tensor:
 
 def _deviation(banks: Tensor) -> Tensor:
     """The sum over ``banks`` ``(b, m, n)`` of ``||G - I||_F^2``, with ``G`` the smaller of the two Gram matrices."""
-    short = banks if banks.shape[1] <= banks.shape[2] else banks.mT
-    gram = short @ short.mT
-    wanted = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.sum((gram - wanted).square())
+    short = banks if banks.shape[1] <= banks.shape[2] else banks.mH
+    gram = short @ short.mH
+    gap = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.sum((torch.view_as_real(gap) if gap.is_complex() else gap).square())
+
+
+def _draw(bank: Tensor, gain: float, generator: torch.Generator | None) -> None:
+    """Fill ``bank`` ``(m, n)`` with ``gain`` times a uniformly random matrix of orthonormal rows or columns."""
+    if not bank.is_complex():
+        nn.init.orthogonal_(bank, gain, generator)
+        return
+    tall = torch.empty_like(bank if bank.shape[0] >= bank.shape[1] else bank.mT).normal_(generator=generator)
+    basis, triangle = torch.linalg.qr(tall)
+    basis = basis * triangle.diagonal().sgn() * gain
+    bank.copy_(basis if basis.shape == bank.shape else basis.mT)
 
 
 class OrthonormalPenalty:
@@ -72,8 +83,10 @@ def orthonormal(
 
     With more outputs than inputs, :math:`W_l W_l^\top` takes the place of :math:`W_l^\top W_l`: the value is smaller by
     :math:`\lambda (f_\text{out} - f_\text{in}) / 2` and can reach zero, the gradient is the same. Grouped convolutions
-    have one bank for each group. Cost: :math:`f_\text{in} f_\text{out} \min(f_\text{in}, f_\text{out})` operations for
-    each layer, layers of one shape at once, and one copy of the weights; nothing per item of the batch.
+    have one bank for each group; of complex filters :math:`\top` also conjugates.
+
+    Cost: :math:`f_\text{in} f_\text{out} \min(f_\text{in}, f_\text{out})` operations for each layer, layers of one
+    shape at once, and one copy of the weights; nothing per item of the batch.
 
     Args:
         model: a layer or a model around layers. Not changed; weights are read afresh at every call, also through
@@ -152,6 +165,6 @@ def orthonormal_(
         banks = _banks(weight, layer)
         wide = torch.promote_types(weight.dtype, torch.float32)
         for bank in (drawn := torch.empty(banks.shape, dtype=wide, device=weight.device)):
-            nn.init.orthogonal_(bank, gain, generator)
+            _draw(bank, gain, generator)
         weight.copy_(from_rows(drawn.flatten(0, 1), weight.shape, row_groups(layer)))
     return model

@@ -58,9 +58,16 @@ class Fields:
     def number(self, key: str) -> float:
         """A finite number."""
         value = self.content.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
             raise self.wrong(key, "a finite number")
         return float(value)
+
+    def positive(self, key: str) -> float:
+        """A finite number above 0."""
+        value = self.number(key)
+        if not value > 0:
+            raise self.wrong(key, "a number above 0")
+        return value
 
     def maybe_number(self, key: str) -> float | None:
         """A finite number, or None where the field is absent or null."""
@@ -136,13 +143,20 @@ def load_object(path: Path, remedy: str) -> Fields:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptRunError(f"{path} is not valid JSON ({error}). {remedy}") from error
     except IsADirectoryError as error:
         raise CorruptRunError(f"{path} is a folder, not a file. {remedy}") from error
     if not isinstance(content, dict):
         raise CorruptRunError(f"{path} should hold one JSON object, got {_short(content)}. {remedy}")
     return Fields(str(path), content, remedy)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _short(value: object) -> str:

@@ -25,7 +25,7 @@ from netwright.report.front_plot import axes, default_axis, front_plot
 from netwright.report.layers import layer_rows
 from netwright.report.limits import main_cost, target_limit
 from netwright.report.progress import follow
-from netwright.report.run import COSTS, Point, Run
+from netwright.report.run import COSTS, Epoch, Point, Run
 from netwright.report.tiles import tiles
 from netwright.report.words import GLOSSARY, STATUS_WORDS, headline, subline
 
@@ -86,6 +86,7 @@ def render(run: Run) -> str:
             across=default_axis(run, menu),
             axes=menu,
             plots={name: name in plots for name in _PLACES},
+            drawn=[network for network, entries in run.history.items() if any(map(_is_drawn, entries))],
             bokeh=library() if plots else Markup(""),
             data=embedded({"plots": plots, "axes": menu}),
         )
@@ -108,6 +109,10 @@ def _plots(run: Run, style: ScoreStyle) -> dict[str, object]:
         figures["progress"] = progress_plot(progress, None if limit is None else limit / base)
         figures["volume"] = volume_plot(progress)
     return {name: json_item(plot) for name, plot in figures.items() if plot is not None}
+
+
+def _is_drawn(entry: Epoch) -> bool:
+    return entry.train_loss is not None or entry.val_score is not None
 
 
 def _front_rows(run: Run, style: ScoreStyle) -> list[dict[str, object]]:

@@ -132,12 +132,10 @@ def _read_evaluations(path: Path, remarks: list[str]) -> tuple[Evaluation, ...]:
     bad: list[int] = []
     for number, line in enumerate(lines, start=1):
         try:
-            if not line.endswith(b"\n"):
-                raise ValueError("a line without its end")
             kept.append(_evaluation(f"{path}: line {number}", line))
-        except (CorruptRunError, ValueError):
+        except (CorruptRunError, ValueError, RecursionError):
             bad.append(number)
-    if bad and bad[-1] == len(lines):
+    if bad and bad[-1] == len(lines) and not lines[-1].endswith(b"\n"):
         remarks.append(f"The last line of {path.name} (line {bad.pop()}) was torn off, so it is not counted.")
     if bad:
         listed = ", ".join(map(str, bad[:5])) + (" …" if len(bad) > 5 else "")
@@ -150,7 +148,7 @@ def _optional(path: Path, parse: Callable[[bytes], Part], what: str, remarks: li
         return parse(path.read_bytes())
     except OSError:
         remarks.append(f"{what} left out: there is no {path.name}.")
-    except (CorruptRunError, ValueError) as error:
+    except (CorruptRunError, ValueError, RecursionError) as error:
         remarks.append(f"{what} left out: {path.name} is damaged ({error}).")
     return None
 
@@ -183,9 +181,9 @@ def _point(fields: Fields) -> Point:
         steps=tuple(Step(step.text("method"), step.plain("settings")) for step in fields.inners("steps")),
         score=Score(score.number("val"), score.maybe_number("test"), score.interval("test_ci95")),
         latency_ms=Latency(
-            median=latency.number("median"),
-            p10=latency.number("p10"),
-            p90=latency.number("p90"),
+            median=latency.positive("median"),
+            p10=latency.positive("p10"),
+            p90=latency.positive("p90"),
             batch=latency.integer("batch"),
             threads=latency.integer("threads"),
             runtime=latency.text("runtime"),

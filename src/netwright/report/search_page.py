@@ -51,7 +51,7 @@ def write_search_report(
     page = render_search(result, space, task=task, files=files or {}, command=command)
     path = Path(out) / "report.html"
     with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
 
 

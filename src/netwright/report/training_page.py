@@ -126,7 +126,7 @@ def _row(entry: Training, run: TrainingRun) -> Mapping[str, object]:
         "test": _number(entry.test),
         "interval": "" if entry.test_interval is None else " to ".join(map(_number, entry.test_interval)),
         "seconds": "" if entry.seconds is None else duration(entry.seconds),
-        "state": "" if entry.optimizer_bytes is None else quantity("memory", entry.optimizer_bytes),
+        "state": quantity("memory", entry.optimizer_bytes) if entry.optimizer_bytes is not None and entry.steps else "",
     }
 
 

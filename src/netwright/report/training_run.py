@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from netwright.core.rundir import read_lines
+from netwright.core.records import read_lines
 from netwright.report.fields import Fields, load_object
 
-__all__ = ["CurvePoint", "Training", "TrainingRun", "is_training", "read_training"]
+__all__ = ["OWN_FIT", "CurvePoint", "Training", "TrainingRun", "is_training", "read_training", "training_state"]
+
+OWN_FIT = "its own fit"
+"""What stands for an optimizer where the task trained by its own ``fit``."""
 
 _REMEDY = "Restore it, or train again in another folder."
 
@@ -35,12 +38,13 @@ class Training:
 
     Args:
         entry: its number.
-        name: what is compared.
+        name: what is compared; "its own fit" where the task trained by that.
         recipe: how it was trained, as JSON.
         curve: its records.
         val: score at the end; None where it diverged.
         test: score on the test set; None where it was not chosen.
         test_interval: 95% interval of ``test``.
+        steps: iterations of Netwright's loop; 0 where the task trained by its own fit, None where it diverged.
         seconds: wall time.
         optimizer_bytes: what the optimizer kept between steps.
         leader: whether it is the best of its name.
@@ -54,6 +58,7 @@ class Training:
     val: float | None
     test: float | None
     test_interval: tuple[float, float] | None
+    steps: int | None
     seconds: float | None
     optimizer_bytes: int | None
     leader: bool
@@ -61,7 +66,9 @@ class Training:
 
     @property
     def lr(self) -> float | None:
-        """The learning rate of its recipe."""
+        """The learning rate of its recipe; None where the task trained by its own fit, which has no use for it."""
+        if self.steps == 0:
+            return None
         found = self.recipe.get("optimizer_settings", {}).get("lr")
         return float(found) if isinstance(found, int | float) else None
 
@@ -99,7 +106,7 @@ def is_training(path: Path) -> bool:
     """Whether ``path`` holds a run of ``netwright train``."""
     try:
         settings = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(settings, dict) and settings.get("kind") == "training"
 
@@ -132,11 +139,31 @@ def read_training(path: Path) -> TrainingRun:
     )
 
 
+def training_state(path: Path) -> dict[str, Any]:
+    """What the run in ``path`` says as plain data: its ``training.json``, or what is known while it goes on.
+
+    Raises:
+        CorruptRunError: a file that is damaged.
+    """
+    if (path / "training.json").exists():
+        return dict(load_object(path / "training.json", _REMEDY).content)
+    settings = load_object(path / "run.json", _REMEDY)
+    return {
+        "schema": 1,
+        "netwright": settings.text("netwright"),
+        "task": settings.text("task"),
+        "seed": settings.integer("seed"),
+        "status": "unfinished",
+        "trainings": read_lines(path / "trainings.jsonl")[0],
+    }
+
+
 def _training(row: Fields) -> Training:
+    steps = row.integer("steps") if row.has("steps") else None
     test = row.inner("test") if row.has("test") else None
     return Training(
         entry=row.integer("entry"),
-        name=row.text("name"),
+        name=OWN_FIT if steps == 0 else row.text("name"),
         recipe=row.plain("recipe"),
         curve=tuple(
             CurvePoint(point.number("epoch"), point.maybe_number("train_loss"), point.maybe_number("val_score"))
@@ -145,6 +172,7 @@ def _training(row: Fields) -> Training:
         val=row.maybe_number("val"),
         test=None if test is None else test.number("score"),
         test_interval=None if test is None else test.interval("ci95"),
+        steps=steps,
         seconds=row.maybe_number("seconds"),
         optimizer_bytes=row.integer("optimizer_bytes") if row.has("optimizer_bytes") else None,
         leader=row.flag("leader"),

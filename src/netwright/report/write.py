@@ -33,5 +33,5 @@ def write_report(run: Path | str) -> Path:
     path = Path(run) / "report.html"
     page = render_training(read_training(Path(run))) if is_training(Path(run)) else render(read_run(run))
     with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may be no text
     return path

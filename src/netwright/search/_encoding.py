@@ -46,7 +46,8 @@ class Encoding:
             for choice in d.choices
         )
         self._grids = [_grid(d) for d in distributions]
-        self._known: dict[bytes, tuple[bool, bytes, tuple[float, ...]]] = {}
+        self._known: dict[bytes, tuple[bool, bytes]] = {}
+        self._described: dict[bytes, tuple[float, ...]] = {}
 
     def random(self, rng: np.random.Generator, count: int) -> Array:
         """Genes of random candidates, valid or not, ``(count, d)``."""
@@ -100,7 +101,7 @@ class Encoding:
         return [row.tobytes() for row in rows] if not self.space.active else [self._look(row)[1] for row in rows]
 
     def features(self, genes: Array) -> Array:
-        """What predictors see, ``(n, f)``."""
+        """What predictors see, ``(n, f)``; the space's own features may know valid candidates only."""
         columns: list[Array] = []
         counts = self._counted(genes) if self.space.active else np.ones(genes.shape, dtype=bool)
         for column, choices in enumerate(self.choices):
@@ -110,15 +111,21 @@ class Encoding:
             else:
                 columns.append(np.where(on, gene, -1.0)[:, None])
         if self.space.features is not None:
-            columns.append(np.array([self._look(row)[2] for row in genes], dtype=float).reshape(len(genes), -1))
+            columns.append(np.array([self._own(row) for row in genes], dtype=float).reshape(len(genes), -1))
         return np.concatenate(columns, axis=1).astype(float)
 
     def _counted(self, genes: Array) -> NDArray[np.bool_]:
         rows = [self.space.reduced(self.params(row)) for row in genes]
         return np.array([[name in row for name in self.names] for row in rows], dtype=bool).reshape(genes.shape)
 
-    def _look(self, row: Array) -> tuple[bool, bytes, tuple[float, ...]]:
-        """Validity, key and the space's own features of a row; remembered, since evolution meets rows again."""
+    def describes(self, params: Params) -> bool:
+        """Whether the space's own features, where there are some, can be asked about a candidate."""
+        if self.space.features is None or not self.space.rules:
+            return True
+        return bool(self.valid(self.rows([params]))[0])
+
+    def _look(self, row: Array) -> tuple[bool, bytes]:
+        """Validity and key of a row; remembered, since evolution meets rows again."""
         mark = row.tobytes()
         if mark not in self._known:
             if len(self._known) > 100_000:
@@ -127,11 +134,19 @@ class Encoding:
             valid = self.space.valid(params)
             counted = self.space.reduced(params)
             kept = np.where([name in counted for name in self.names], row, -1.0)
-            own: Sequence[float] = ()
-            if self.space.features is not None:
-                own = self.space.features(counted)
-            self._known[mark] = valid, kept.tobytes(), tuple(map(float, own))
+            self._known[mark] = valid, kept.tobytes()
         return self._known[mark]
+
+    def _own(self, row: Array) -> tuple[float, ...]:
+        """The space's own features of a row; remembered as well."""
+        assert self.space.features is not None
+        mark = row.tobytes()
+        if mark not in self._described:
+            if len(self._described) > 100_000:
+                self._described.clear()
+            own = self.space.features(self.space.reduced(self.params(row)))
+            self._described[mark] = tuple(map(float, own))
+        return self._described[mark]
 
     @staticmethod
     def _gene(name: str, distribution: BaseDistribution, params: Mapping[str, Any]) -> float:

@@ -146,7 +146,7 @@ class ModelSampler(BaseSampler):
     def _usable(trial: FrozenTrial, encoding: Encoding) -> bool:
         if trial.state is not TrialState.COMPLETE or trial.values is None or not np.isfinite(trial.values).all():
             return False
-        return _belongs(trial, encoding)
+        return _belongs(trial, encoding) and encoding.describes(trial.params)
 
     @staticmethod
     def _others(study: Study, trial: FrozenTrial, encoding: Encoding) -> list[FrozenTrial]:

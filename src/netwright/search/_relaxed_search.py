@@ -74,13 +74,17 @@ class RelaxedSearch(ABC):
                 interrupted ends in the same weights as one that was not, to the last bit.
 
         Raises:
-            SettingError: a model without ``Mixed`` parts.
+            SettingError: a model without ``Mixed`` parts, or without weights to train beside what chooses among them.
             NonFiniteLossError: a loss that is NaN or infinite; it names the step.
             TaskError: fewer than two training items, or a task without a loss of its own.
             RunDirectoryError: a checkpoint of another search, or one that cannot be written.
             CorruptRunError: a checkpoint that is truncated or damaged.
         """
-        mixed(model)
+        if not weights(model):
+            raise SettingError(
+                f"{type(model).__name__} has no trainable weights beside the alphas of its Mixed parts, and a search "
+                "trains both. Unfreeze a layer, or put one into the network."
+            )
         device = device_of(model)
         shown = ConsoleProgress(f"searching {task.name}") if console else nullcontext()
         with isolated(seed, device), shown as bar:

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 __all__ = ["Scale", "bounded"]
 
 Array: TypeAlias = NDArray[np.float64]
+_LARGEST = 1e150
+_FARTHEST = 1e100
 
 
 class Scale:
@@ -16,7 +18,7 @@ class Scale:
     With ``m`` the median and ``w = m - best`` the width of the good side of the first points, an objective becomes ``z
     = (y - m) / w`` where ``y <= m`` and ``z = log(1 + (y - m) / w)`` beyond: smooth, one to one, and blind to the long
     tail of candidates that do not work at all, which would else take up a predictor's whole attention. The hypervolume
-    ends at ``m + 2 w``.
+    ends at ``m + 2 w``. Values are taken within 1e150 of 0 and ``z`` within 1e100, so that no number overflows.
 
     Args:
         values: all points ``(n, m)``, to be minimized.
@@ -24,6 +26,7 @@ class Scale:
     """
 
     def __init__(self, values: Array, start: int) -> None:
+        values = np.clip(values, -_LARGEST, _LARGEST)
         first = values[:start]
         self.middle = np.median(first, axis=0)
         width = self.middle - first.min(0)
@@ -38,7 +41,9 @@ class Scale:
 
     def warp(self, values: Array) -> Array:
         """``z`` of ``y``."""
-        far = (values - self.middle) / self.width
+        with np.errstate(over="ignore"):
+            far = (np.clip(values, -_LARGEST, _LARGEST) - self.middle) / self.width
+        far = np.clip(far, -_FARTHEST, _FARTHEST)
         return np.where(far > 0, np.log1p(np.maximum(far, 0.0)), far)
 
     def unwarp(self, warped: Array) -> Array:
@@ -52,6 +57,7 @@ def bounded(violations: Array) -> Array:
     How far beyond a limit the far ones are counts little: else some candidates that do not work at all make a predictor
     so unsure of everything that none looks infeasible.
     """
+    violations = np.clip(violations, -_LARGEST, _LARGEST)
     width = 3.0 * float(np.median(np.abs(violations))) or float(np.abs(violations).max()) or 1.0
     share = violations / width
     return np.where(share > 1, 1.0 + np.log(np.maximum(share, 1.0)), share)

@@ -10,29 +10,41 @@ from typing import Any, TypeAlias
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import TrialState, create_trial
 
-from netwright.core.errors import CorruptRunError
 from netwright.core.journal import new_journal
 from netwright.core.rundir import RunDirectory
 from netwright.search._encoding import restored
+from netwright.search._log import BEGUN, EVALUATIONS, entry_of, line_of, number_of, reading
 from netwright.search._workers import Answer
 from netwright.search.result import Direction, Evaluation, Limit, SearchResult
 from netwright.search.space import Params, SearchSpace, values
 
-__all__ = ["EVALUATIONS", "Search", "line_of"]
+__all__ = ["Search"]
 
-EVALUATIONS = "evaluations.jsonl"
-"""The log of a run directory with one line for every finished evaluation."""
-_BEGUN = "begun.jsonl"
-"""The log of what this process began to evaluate, and of what it was interrupted in."""
 _JOURNAL = "study.journal"
+_NAME = "netwright"
 _REPEATS = 50  # proposals in a row that are invalid or known before a random new candidate is taken
 _DRAWS = 1000  # random candidates in a row that are known before the others are looked for one by one
 _MOST = 100_000  # combinations of decisions up to which they are
 _DEATHS = 2  # evaluations of a candidate that its process did not survive before it has failed
 
 Key: TypeAlias = tuple[tuple[str, Any], ...]
+
+
+class _Study(optuna.Study):
+    """A study that is asked from outside of ``optimize``, where Optuna's own cannot be stopped.
+
+    Attributes:
+        stopped: whether the sampler has nothing more to propose.
+    """
+
+    stopped = False
+
+    def stop(self) -> None:
+        """Called by such a sampler."""
+        self.stopped = True
 
 
 class Search:
@@ -57,52 +69,72 @@ class Search:
         seed: int,
     ) -> None:
         self._folder, self._space, self._objectives, self._limits = folder, space, objectives, limits
-        self._names = [str(limit) for limit in limits]
-        lines = folder.lines(EVALUATIONS) if folder is not None else []
-        self.entries = [_entry(number, line, space) for number, line in enumerate(lines, start=1)]
-        self._before = max((float(line["finished_s"]) for line in lines), default=0.0)
-        self._start, self._proposing, self._exhausted = time.monotonic(), 0.0, False
-        self._rng = np.random.default_rng([seed, len(lines)])
+        self._names = [limit.exact for limit in limits]
+        self.entries: list[Evaluation] = []
+        self._known: dict[Key, Evaluation | None] = {}
+        self._before, self._proposing = 0.0, 0.0
+        for number, line in enumerate(folder.lines(EVALUATIONS) if folder is not None else [], start=1):
+            self._take(number, line)
+        self._start, self._exhausted = time.monotonic(), False
+        self._rng = np.random.default_rng([seed, len(self.entries)])
         self._next = 1 + max((entry.number for entry in self.entries), default=-1)
         self._numbers: dict[int, int] = {}  # Optuna's own begin anew when a run resumes, and count repeats
-        self._known: dict[Key, Evaluation | None] = {space.key(entry.params): entry for entry in self.entries}
         self._others = self._every()
         self._begun: dict[str, Any] | None = None
         self._bury()
         self.started = len(self.entries)
         level = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._study = optuna.create_study(
-            storage=None if folder is None else new_journal(folder.path / _JOURNAL),
-            directions=list(objectives.values()),
-            sampler=sampler,
-            study_name="netwright",
-        )
+        memory = InMemoryStorage()  # it keeps choices as they are, where a journal makes lists of tuples
+        self._filled(memory)
+        self._study = _Study(_NAME, memory, sampler)
+        self._journal = None if folder is None else self._filled(new_journal(folder.path / _JOURNAL))
         optuna.logging.set_verbosity(level)
-        self._study.add_trials([self._frozen(entry) for entry in self.entries])
+
+    def _filled(self, storage: BaseStorage) -> optuna.Study:
+        """A study of everything that the log holds."""
+        study = optuna.create_study(storage=storage, directions=list(self._objectives.values()), study_name=_NAME)
+        study.add_trials([self._frozen(entry) for entry in self.entries])
+        return study
 
     def ask(self) -> tuple[optuna.Trial, dict[str, Any]] | None:
-        """A valid candidate that nobody evaluates or has evaluated; None when there is no other."""
+        """A valid candidate that nobody evaluates or has evaluated; None when there is no other.
+
+        There is none either once the sampler has asked to stop.
+        """
         begun = time.monotonic()
         try:
-            for _ in range(_REPEATS):
-                if len(self._known) >= self._space.size:
-                    break
-                trial = self._study.ask(dict(self._space.decisions))
-                job = self._taken(trial)
-                if job is not None:
-                    return job
-            for _ in range(_DRAWS):
-                params = self._space.sample(self._rng)
-                if self._space.key(params) not in self._known:
-                    return self._given(params)
-            for other in self._others:
-                if self._space.key(other) not in self._known and self._space.valid(other):
-                    return self._given(other)
-            self._exhausted = self._space.size <= max(_MOST, len(self._known))
-            return None
+            job = self._proposed()
+            if job is None and not self._study.stopped:
+                job = self._other()
+            if job is None:
+                left = self._study.stopped and any(map(self._open, self._every()))
+                self._exhausted = not left and self._space.size <= max(_MOST, len(self._known))
+            return job
         finally:
             self._proposing += time.monotonic() - begun
+
+    def _proposed(self) -> tuple[optuna.Trial, dict[str, Any]] | None:
+        """What the sampler proposes; None where it repeats itself or has nothing more."""
+        for _ in range(_REPEATS):
+            if self._study.stopped or len(self._known) >= self._space.size:
+                break
+            job = self._taken(self._study.ask(dict(self._space.decisions)))
+            if job is not None:
+                return job
+        return None
+
+    def _other(self) -> tuple[optuna.Trial, dict[str, Any]] | None:
+        """A random candidate that is new, or else the next of all that is; None where none is found."""
+        for _ in range(_DRAWS):
+            params = self._space.sample(self._rng)
+            if self._space.key(params) not in self._known:
+                return self._given(params)
+        other = next(filter(self._open, self._others), None)
+        return None if other is None else self._given(other)
+
+    def _open(self, params: Params) -> bool:
+        return self._space.key(params) not in self._known and self._space.valid(params)
 
     def _every(self) -> Iterator[Params]:
         """Every combination of decisions where they are not too many; none else."""
@@ -133,29 +165,46 @@ class Search:
         """Record durably that this process is about to evaluate a candidate, and may not survive it."""
         if self._folder is not None:
             self._begun = {"params": params, "state": "begun"}
-            self._folder.append(_BEGUN, self._begun)
+            self._folder.append(BEGUN, self._begun)
 
     def end(self) -> None:
         """Record that what was begun and is not told was interrupted, which is no fault of its own."""
         if self._folder is not None and self._begun is not None:
-            self._folder.append(_BEGUN, {**self._begun, "state": "interrupted"})
+            self._folder.append(BEGUN, {**self._begun, "state": "interrupted"})
             self._begun = None
 
     def _bury(self) -> None:
         """Record as failed what was begun twice and neither ended nor was interrupted."""
         deaths: Counter[Key] = Counter()
-        for line in self._folder.lines(_BEGUN) if self._folder is not None else []:
-            key = self._space.key(restored(line["params"], self._space))
-            deaths[key] += 1 if line["state"] == "begun" else -1
+        lines = self._folder.lines(BEGUN) if self._folder is not None else []
+        for number, line in enumerate(lines, start=1):
+            with reading(BEGUN, number):
+                key = self._space.key(restored(line["params"], self._space))
+                deaths[key] += 1 if line["state"] == "begun" else -1
         for key, count in deaths.items():
             if count >= _DEATHS and key not in self._known:
                 words = f"the process died in {count} evaluations of it, without an exception; it is not tried again"
                 self._record(Evaluation(self._next, dict(key), None, words, (), 0.0))
                 self._next += 1
 
+    def _take(self, number: int, line: Any) -> None:
+        """Know what a line of the log says.
+
+        Raises:
+            CorruptRunError: it is no evaluation of a candidate of the space.
+        """
+        with reading(EVALUATIONS, number):
+            entry = entry_of(line, self._space)
+            self._frozen(entry)
+            self._known[self._space.key(entry.params)] = entry
+            self._before = max(self._before, number_of(line["finished_s"]))
+            self._proposing = max(self._proposing, number_of(line.get("proposing_s", 0.0)))  # older versions had none
+            self.entries.append(entry)
+
     def _record(self, entry: Evaluation) -> None:
         if self._folder is not None:
-            self._folder.append(EVALUATIONS, {**line_of(entry), "finished_s": self._elapsed()})
+            times = {"finished_s": self._elapsed(), "proposing_s": self._proposing}
+            self._folder.append(EVALUATIONS, {**line_of(entry), **times})
         self.entries.append(entry)
         self._known[tuple(entry.params.items())] = entry
 
@@ -167,6 +216,8 @@ class Search:
         entry = Evaluation(self._numbers.pop(trial.number), params, metrics, error, violations, answer.seconds)
         self._record(entry)
         self._begun = None
+        if self._journal is not None:
+            self._journal.add_trial(self._frozen(entry))
         self._answer(trial, entry)
 
     def _answer(self, trial: optuna.Trial, entry: Evaluation | None) -> None:
@@ -216,27 +267,3 @@ def _read(answer: Answer, needed: Sequence[str]) -> tuple[dict[str, float] | Non
             return None, f"metric {name!r} is {value}"
     metrics = {name: value for name, value in answer.value.items() if not isinstance(value, str)}
     return {name: value for name, value in metrics.items() if math.isfinite(value)}, None
-
-
-def line_of(entry: Evaluation) -> dict[str, Any]:
-    """An evaluation as a line of the log."""
-    return {
-        "trial": entry.number,
-        "state": "failed" if entry.metrics is None else "ok",
-        "params": dict(entry.params),
-        "metrics": None if entry.metrics is None else dict(entry.metrics),
-        "error": entry.error,
-        "violations": list(entry.violations),
-        "seconds": entry.seconds,
-    }
-
-
-def _entry(number: int, line: Mapping[str, Any], space: SearchSpace) -> Evaluation:
-    try:
-        params, violations = restored(line["params"], space), tuple(line["violations"])
-        return Evaluation(line["trial"], params, line["metrics"], line["error"], violations, line["seconds"])
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CorruptRunError(
-            f"{EVALUATIONS}, line {number}, is not an evaluation ({type(error).__name__}: {error}). It was damaged "
-            "after it was written; delete that line to go on without it."
-        ) from error

@@ -3,7 +3,9 @@
 import multiprocessing
 import multiprocessing.context
 import numbers
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,6 +23,7 @@ from netwright.core.portable import packed, unpacked
 __all__ = ["Answer", "Pool", "Workers", "answer", "opened"]
 
 T = TypeVar("T")
+_hiding = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,15 @@ class Workers(Generic[T]):
             self._ready.append((job, answer(self._evaluate, params)))
             return
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.count, mp_context=_context())
+            self._pool = _executor(self.count)
+        start = time.monotonic()
         try:
-            future = self._pool.submit(_remote, self._payload, dict(params))
+            future = _begun(self._pool, self._payload, params)
         except BrokenProcessPool:
             self._ready += self._renew([])
             self.submit(job, params)
         else:
-            self._running[future] = job, params, time.monotonic()
+            self._running[future] = job, params, start
 
     def next(self) -> list[tuple[T, Answer]]:
         """What ended; waits for at least one."""
@@ -149,9 +153,9 @@ class Workers(Generic[T]):
 
     def _alone(self, params: Mapping[str, Any]) -> Answer:
         start = time.monotonic()
-        with ProcessPoolExecutor(1, mp_context=_context()) as pool:
+        with _executor(1) as pool:
             try:
-                return _result(pool.submit(_remote, self._payload, dict(params)), start)
+                return _result(_begun(pool, self._payload, params), start)
             except BrokenProcessPool:
                 return Answer(None, "its process died twice, without an exception", time.monotonic() - start)
 
@@ -171,6 +175,48 @@ def _result(future: Future[Answer], start: float) -> Answer:
         return Answer(None, words, time.monotonic() - start)
 
 
+def _executor(count: int) -> ProcessPoolExecutor:
+    """Processes that do not outlive this one."""
+    return ProcessPoolExecutor(count, mp_context=_context(), initializer=_watch)
+
+
+def _watch() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that asked for it has ended, however it did."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _begun(pool: ProcessPoolExecutor, payload: bytes, params: Mapping[str, Any]) -> Future[Answer]:
+    """The evaluation of a candidate in a pool, which starts a process for it where it has none.
+
+    A process needs nothing of the main script: what is defined there travels by value. So the script is hidden while
+    one may start, which would otherwise run it again, to the end where it has no guard.
+
+    Raises:
+        BrokenProcessPool: a process of the pool has died.
+    """
+    try:
+        sent = cloudpickle.dumps(dict(params))
+    except Exception as error:  # pickling runs code of the user's own objects
+        unsent: Future[Answer] = Future()
+        unsent.set_exception(error)
+        return unsent
+    with _hiding:
+        main = sys.modules["__main__"].__dict__
+        hidden: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+        main.update(dict.fromkeys(hidden))
+        try:
+            return pool.submit(_remote, payload, sent)
+        finally:
+            main.update(hidden)
+
+
 def _context() -> multiprocessing.context.BaseContext:
     """Processes that start clean and fast: forked from one that has imported this package and nothing else."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
@@ -180,8 +226,10 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _remote(payload: bytes, params: Mapping[str, Any]) -> Answer:
-    return answer(opened(payload), params)
+def _remote(payload: bytes, params: bytes) -> Answer:
+    evaluate = opened(payload)  # whose modules the candidate may need
+    # the caller's own candidate, from the process that started this one
+    return answer(evaluate, cloudpickle.loads(params))
 
 
 @lru_cache(maxsize=1)
@@ -196,7 +244,7 @@ def opened(payload: bytes) -> Callable[[Mapping[str, Any]], Any]:
     try:
         # the caller's own function, from the process that started this one
         evaluate: Callable[[Mapping[str, Any]], Any] = cloudpickle.loads(inner)
-    except Exception as error:  # reading runs code of the user's own objects
+    except (Exception, SystemExit) as error:  # reading runs code of the user's own objects
         words = f"What evaluates cannot be read in a worker process: {type(error).__name__}: {error}"
 
         def refuse(params: Mapping[str, Any]) -> Any:
@@ -212,7 +260,7 @@ def answer(evaluate: Callable[[Mapping[str, Any]], Any], params: Mapping[str, An
         value = _plain(evaluate(dict(params)))
     except NetwrightError as error:
         return Answer(None, str(error), time.monotonic() - start)
-    except Exception as error:  # whatever a candidate raises is its result: the search goes on
+    except (Exception, SystemExit) as error:  # whatever a candidate raises is its result: the search goes on
         return Answer(None, f"{type(error).__name__}: {error}", time.monotonic() - start)
     return Answer(value, None, time.monotonic() - start)
 

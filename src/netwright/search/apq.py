@@ -150,12 +150,16 @@ class APQSampler(ModelSampler):
 
         Raises:
             SettingError: fewer than two complete trials.
+            SpaceError: a candidate that is not of the space; the decision to blame is named.
         """
         trials = study.get_trials(deepcopy=False)
         encoding = self._encoding(self.infer_relative_search_space(study, trials[-1])) if trials else None
         used = [trial for trial in trials if self._usable(trial, encoding)] if encoding is not None else []
         if encoding is None or len(used) < 2:
             raise SettingError(f"predict needs a study with at least two complete trials, got {len(used)}.")
+        for params in candidates:
+            shared = {name: value for name, value in params.items() if name in encoding.space.decisions}
+            encoding.space.check(shared if self._space is None else params)
         known, place = self._measured(study, used, encoding), self._objective
         scale, sign = Scale(known.values, self._start), float(known.signs[self._objective])
         model = self._fit(encoding, encoding.features(known.genes), scale.warp(known.values)[:, place], sign)

@@ -11,7 +11,7 @@ from netwright.core.artifact import load_weights, save_weights
 from netwright.core.check import check_task
 from netwright.core.console import ConsoleProgress
 from netwright.core.errors import NetwrightError, RunDirectoryError, SettingError
-from netwright.core.files import atomic_write
+from netwright.core.files import atomic_write, remedy
 from netwright.core.onnx_export import export_onnx
 from netwright.core.recipe import Recipe
 from netwright.core.rundir import MARK, RunDirectory
@@ -120,7 +120,7 @@ def explore(
             raise SettingError(f"Constraint {limit} speaks of {limit.metric!r}. Measured are {', '.join(METRICS)}.")
     if resume and out is None:
         raise SettingError("resume needs a search to go on with. Give its folder as out.")
-    place = None if out is None else Path(out)
+    place = None if out is None else Path(out).absolute()  # the task may change the working directory
     check_task(task)
     with ExitStack() as stack:
         if place is not None:
@@ -141,7 +141,7 @@ def explore(
             evaluations=evaluations,
             budget_s=budget_s,
             out=log,
-            resume=resume and log is not None and log.exists(),
+            resume=resume and log is not None and (log / MARK).exists(),
             constraints=constraints,
             seed=seed,
             workers=workers,
@@ -199,7 +199,12 @@ def _super_net(task: Task, place: Path | None, epochs: float | None, seed: int, 
 
 def _front_files(net: Elastic, task: Task, result: SearchResult, folder: Path) -> dict[int, Path]:
     """Every candidate of the front as an ONNX file."""
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"Cannot make {folder}: {error.strerror or error}. {remedy(error)}, then go on with --resume."
+        ) from error
     files = {}
     for entry in result.front:
         path = folder / f"{entry.number:05d}.onnx"

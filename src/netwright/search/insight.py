@@ -96,7 +96,8 @@ def importance(result: SearchResult, space: SearchSpace, *, seed: int = 0) -> di
               \frac1n \sum_i (y_i - f(x_i^{(j, r)}))^2 - \frac1n \sum_i (y_i - f(x_i))^2 \Big)
 
     with :math:`f` a tree ensemble fitted to all measured candidates and :math:`x^{(j, r)}` the candidates with decision
-    :math:`j` shuffled among them: 0 for a decision that the objective does not depend on.
+    :math:`j` shuffled among them: 0 for a decision that the objective does not depend on. Where a shuffle makes a
+    candidate break a rule, both sums leave that candidate out.
 
     Args:
         result: of :func:`netwright.search.run`.
@@ -127,15 +128,17 @@ def importance(result: SearchResult, space: SearchSpace, *, seed: int = 0) -> di
         rng = np.random.default_rng([seed, column])
         y = values[:, column]
         trees = TreeEnsemble(seed=seed).fit(inputs, y)
-        base, spread = _error(trees.predict(inputs)[0], y), float(y.var())
+        base, spread = (trees.predict(inputs)[0] - y) ** 2, float(y.var())
         worth = {}
         for place, name in enumerate(encoding.names):
-            errors = []
+            rises: list[float] = []
             for _ in range(_REPEATS):
                 mixed = genes.copy()
                 mixed[:, place] = rng.permutation(mixed[:, place])
-                errors.append(_error(trees.predict(encoding.features(mixed))[0], y))
-            worth[name] = (float(np.mean(errors)) - base) / spread if spread > 0 else 0.0
+                kept = encoding.valid(mixed)
+                if kept.any():
+                    rises += [*((trees.predict(encoding.features(mixed[kept]))[0] - y[kept]) ** 2 - base[kept])]
+            worth[name] = float(np.mean(rises)) / spread if rises and spread > 0 else 0.0
         found[objective] = dict(sorted(worth.items(), key=lambda item: -item[1]))
     return found
 
@@ -148,7 +151,3 @@ def _seen(result: SearchResult, space: SearchSpace) -> tuple[Array, Array]:
     genes = encoding.rows([params for params, _ in measured])
     values = np.array([[metrics[name] for name in result.objectives] for _, metrics in measured], dtype=float)
     return genes.reshape(len(measured), len(encoding.names)), values.reshape(len(measured), len(signs)) * signs
-
-
-def _error(predicted: Array, measured: Array) -> float:
-    return float(np.mean((predicted - measured) ** 2))

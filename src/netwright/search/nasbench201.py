@@ -19,7 +19,7 @@ from optuna.distributions import CategoricalDistribution
 from netwright.core.errors import DataError, MissingDataError, SettingError
 from netwright.core.front import hypervolume, non_dominated
 from netwright.search.graphs import Graph
-from netwright.search.space import SearchSpace
+from netwright.search.space import SearchSpace, SpaceError
 
 __all__ = ["DATA_SETS", "OPERATIONS", "NASBench201", "cell_features", "cell_graph", "evaluations_to", "nasbench201"]
 
@@ -62,7 +62,12 @@ def _folder() -> Path:
 
 
 def _operations(params: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(OPERATIONS.index(params[f"op{edge}"]) for edge in range(len(EDGES)))
+    try:
+        return tuple(OPERATIONS.index(params[f"op{edge}"]) for edge in range(len(EDGES)))
+    except (KeyError, ValueError):
+        raise SpaceError(
+            f"A cell has op0 to op{len(EDGES) - 1}, each of them one of {', '.join(OPERATIONS)}; got {dict(params)}."
+        ) from None
 
 
 def _sequences(operations: Sequence[int]) -> list[tuple[int, ...]]:
@@ -150,7 +155,11 @@ class NASBench201:
         )
 
     def evaluate(self, params: Mapping[str, Any]) -> dict[str, float]:
-        """``accuracy`` and ``latency_ms`` of the cell with operations ``op0`` .. ``op5``."""
+        """``accuracy`` and ``latency_ms`` of the cell with operations ``op0`` .. ``op5``.
+
+        Raises:
+            SpaceError: an operation is missing or unknown.
+        """
         cell = "".join(map(str, _operations(params)))
         return {"accuracy": self.accuracy[cell], "latency_ms": self.latency_ms[cell]}
 

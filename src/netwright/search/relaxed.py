@@ -157,12 +157,7 @@ def derive(model: nn.Module, chosen: Mapping[str, str] | None = None) -> nn.Modu
         SettingError: no ``Mixed``, a path where there is none, or an operation that it does not have.
     """
     wanted = {**choices(model), **(chosen or {})}
-    edges = mixed(model)
-    for name, kind in wanted.items():
-        if name not in edges:
-            raise SettingError(f"There is no Mixed at {name!r}. There are {', '.join(map(repr, edges))}.")
-        if kind not in edges[name].names:
-            raise SettingError(f"The Mixed at {name!r} has no operation {kind!r}, only {', '.join(edges[name].names)}.")
+    _check(mixed(model), wanted)
     root = copy.deepcopy(model)
     parts = list(root.named_modules(remove_duplicate=False))
     paths = {part: name for name, part in mixed(root).items()}
@@ -176,6 +171,19 @@ def derive(model: nn.Module, chosen: Mapping[str, str] | None = None) -> nn.Modu
     return root
 
 
+def _check(edges: Mapping[str, Mixed], wanted: Mapping[str, str]) -> None:
+    """Assure that edges have the operations that are wanted of them.
+
+    Raises:
+        SettingError: one has not, or there is no such edge.
+    """
+    for name, kind in wanted.items():
+        if name not in edges:
+            raise SettingError(f"There is no Mixed at {name!r}. There are {', '.join(map(repr, edges))}.")
+        if kind not in edges[name].names:
+            raise SettingError(f"The Mixed at {name!r} has no operation {kind!r}, only {', '.join(edges[name].names)}.")
+
+
 @contextmanager
 def on_path(model: nn.Module, path: Mapping[str, str]) -> Iterator[None]:
     """Inside, each :class:`Mixed` runs one operation alone: time and memory are those of a single architecture.
@@ -183,8 +191,12 @@ def on_path(model: nn.Module, path: Mapping[str, str]) -> Iterator[None]:
     Args:
         model: any module with ``Mixed`` parts.
         path: names of operations by path of the ``Mixed``.
+
+    Raises:
+        SettingError: no ``Mixed``, a path where there is none, or an operation that it does not have.
     """
     edges = mixed(model)
+    _check(edges, path)
     before = {name: part.path for name, part in edges.items()}
     try:
         for name, kind in path.items():

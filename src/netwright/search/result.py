@@ -56,6 +56,11 @@ class Limit:
         """How far the metric lies beyond the bound; at most 0 where the constraint is met."""
         return metrics[self.metric] - self.bound if self.upper else self.bound - metrics[self.metric]
 
+    @property
+    def exact(self) -> str:
+        """What :meth:`parse` reads, to the last digit."""
+        return f"{self.metric}{'<=' if self.upper else '>='}{self.bound!r}"
+
     def __str__(self) -> str:
         return f"{self.metric}{'<=' if self.upper else '>='}{self.bound:g}"
 
@@ -96,8 +101,8 @@ class SearchResult:
         seconds: wall time of the search, all its parts together where it was resumed.
         proposing_s: of them, what the sampler took.
         exhausted: whether it ended early, since every candidate of the space had been evaluated. A search also ends
-            early, and is not exhausted, where no new candidate turns up among 1,000 random ones of a space of more than
-            100,000 combinations.
+            early, and is not exhausted, where the sampler asks to stop before, and where no new candidate turns up
+            among 1,000 random ones of a space of more than 100,000 combinations.
     """
 
     objectives: Mapping[str, Direction]

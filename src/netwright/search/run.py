@@ -1,5 +1,6 @@
 """``search.run``: any space, any evaluation, several objectives, hard constraints; resumable, and nothing twice."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,18 +9,19 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import optuna
-from optuna.distributions import distribution_to_json
+from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.samplers import BaseSampler
 
 from netwright.core.console import ConsoleProgress
 from netwright.core.errors import RunDirectoryError, SettingError
 from netwright.core.rundir import MARK, RunDirectory
+from netwright.search._log import line_of
 from netwright.search._ray_workers import RayWorkers
-from netwright.search._study import Search, line_of
+from netwright.search._study import Search
 from netwright.search._workers import Pool, Workers
 from netwright.search.linas import LINASSampler
 from netwright.search.result import Direction, Limit, SearchResult
-from netwright.search.space import Params, SearchSpace
+from netwright.search.space import Params, SearchSpace, SpaceError
 
 __all__ = ["Engine", "checked", "run"]
 
@@ -49,10 +51,13 @@ def run(
 
     Reach for it to optimize anything that can be evaluated: sub-networks of a supernet, compression policies, settings.
     A candidate is evaluated once; what a sampler proposes again is answered from memory and costs no evaluation. An
-    invalid candidate is never evaluated. An evaluation that raises, or returns NaN, is recorded as failed with the
-    reason, and the search goes on. With ``out`` every finished evaluation is on disk before the next begins; after a
-    crash, or to spend more evaluations, call again with ``resume=True``. A candidate in whose evaluation the process
-    died twice (killed from outside or from within) is then recorded as failed, and the search goes past it.
+    invalid candidate is never evaluated. An evaluation that raises, exits, or returns NaN, is recorded as failed with
+    the reason, and the search goes on. A sampler that asks to stop ends it: ``GridSampler`` does so after the last
+    candidate of its grid, ``BruteForceSampler`` after the last of the space.
+
+    With ``out`` every finished evaluation is on disk before the next begins; after a crash, or to spend more
+    evaluations, call again with ``resume=True``. A candidate in whose evaluation the process died twice (killed from
+    outside or from within) is then recorded as failed, and the search goes past it.
 
     Args:
         space: what a candidate is.
@@ -66,7 +71,7 @@ def run(
         constraints: hard constraints on metrics, ``"latency_ms<=5"``; the metric need not be an objective.
         seed: source of randomness of the default sampler and of random candidates.
         workers: evaluations at a time; more than one run in processes of their own, and ``evaluate`` is sent there by
-            cloudpickle.
+            cloudpickle. They do not run the main script, which needs no guard.
         engine: "local" for this machine, "ray" for a Ray cluster (an extra).
         progress: called with the finished share and a word; None shows a bar with the time left.
 
@@ -75,7 +80,8 @@ def run(
 
     Raises:
         SettingError: no objective, an unknown direction, constraints that contradict each other, or no evaluations.
-        SpaceError: a space without a valid candidate.
+        SpaceError: a space without a valid candidate, a choice without a hash, such as a list, or, with ``out``, one
+            that JSON cannot hold.
         RunDirectoryError: a folder that cannot be used, or a run of another space or other objectives.
 
     Example:
@@ -91,21 +97,22 @@ def run(
 
     Cost: beside the evaluations what the sampler takes, and one flushed line each, with one worker two.
     """
+    place = None if out is None else Path(out).absolute()  # what is called below may change the working directory
     limits = checked(objectives, constraints, evaluations, workers, budget_s, engine)
     end = math.inf if budget_s is None else time.monotonic() + budget_s
 
     def pool() -> Pool[Job]:
         return RayWorkers(evaluate, workers) if engine == "ray" else Workers(evaluate, workers)
 
+    _check_choices(space)
     space.sample(np.random.default_rng(seed))  # raises where no candidate is valid, before anything is written
-    settings = _settings(space, objectives, limits, seed)
-    if out is None:
+    if place is None:
         if resume:
             raise SettingError("resume needs a run to go on with. Give its folder as out.")
         return _search(None, space, evaluate, objectives, limits, sampler, evaluations, end, seed, pool, progress)
-    folder = RunDirectory(Path(out))
+    settings, folder = _settings(space, objectives, limits, seed), RunDirectory(place)
     with folder.open() if resume else folder.create(settings) as opened:
-        _same(opened, settings)
+        _same(opened, settings, limits)
         return _search(opened, space, evaluate, objectives, limits, sampler, evaluations, end, seed, pool, progress)
 
 
@@ -186,24 +193,54 @@ def checked(
     return limits
 
 
+def _check_choices(space: SearchSpace) -> None:
+    """Assure that known candidates can be looked up.
+
+    Raises:
+        SpaceError: a choice without a hash.
+    """
+    for name, distribution in space.decisions.items():
+        for choice in distribution.choices if isinstance(distribution, CategoricalDistribution) else ():
+            try:
+                hash(choice)
+            except TypeError:
+                raise SpaceError(
+                    f"Decision {name!r} has the choice {choice!r}, which has no hash. Give a tuple or a name for it."
+                ) from None
+
+
 def _settings(
     space: SearchSpace, objectives: Mapping[str, Direction], limits: Sequence[Limit], seed: int
 ) -> dict[str, Any]:
-    decisions = {name: distribution_to_json(distribution) for name, distribution in space.decisions.items()}
+    """What the folder says about the search.
+
+    Raises:
+        SpaceError: a choice that JSON cannot hold.
+    """
+    for name, distribution in space.decisions.items():
+        for choice in distribution.choices if isinstance(distribution, CategoricalDistribution) else ():
+            try:
+                json.dumps(choice, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise SpaceError(
+                    f"Decision {name!r} has the choice {choice!r}, which cannot be written into a folder ({error}). "
+                    "Choose by a name for it, or search without out."
+                ) from error
     return {
         "kind": "search",
-        "decisions": decisions,
+        "decisions": {name: distribution_to_json(distribution) for name, distribution in space.decisions.items()},
         "objectives": dict(objectives),
-        "constraints": [str(limit) for limit in limits],
+        "constraints": [limit.exact for limit in limits],
         "seed": seed,
     }
 
 
-def _same(folder: RunDirectory, settings: Mapping[str, Any]) -> None:
+def _same(folder: RunDirectory, settings: Mapping[str, Any], limits: Sequence[Limit]) -> None:
     compared = ("decisions", "objectives", "constraints")
     stored = folder.read(MARK, *compared)
+    rounded = {"constraints": [str(limit) for limit in limits]}  # as older versions wrote them
     for name in compared:
-        if stored[name] != settings[name]:
+        if stored[name] not in (settings[name], rounded.get(name, settings[name])):
             raise RunDirectoryError(
                 f"{folder.path} holds a search with other {name}: {stored[name]}, not {settings[name]}. "
                 "Resume with the same, or give another folder."

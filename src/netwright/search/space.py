@@ -103,6 +103,13 @@ class SearchSpace:
         object.__setattr__(self, "active", MappingProxyType(dict(self.active)))
         object.__setattr__(self, "rules", tuple(self.rules))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"decisions": dict(self.decisions), "active": dict(self.active)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        fixed = {name: MappingProxyType(state[name]) for name in ("decisions", "active")}
+        self.__dict__.update(state | fixed)
+
     @property
     def size(self) -> float:
         """How many candidates there are before rules and conditions; infinite where a decision is continuous."""

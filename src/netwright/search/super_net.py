@@ -1,6 +1,8 @@
 """Super-networks: one set of weights from which every candidate of a space is cut."""
 
 import copy
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -67,7 +69,8 @@ class SuperNet:
         least: smallest width, as a share of the whole.
         levels: widths for each group, equally spaced, the whole one included; a few more or fewer in small groups.
         depth: whether branches are decisions too.
-        items: training items on which batch norms of an extracted network are set.
+        items: training items on which batch norms of an extracted network are set, in equal batches of at most 128; it
+            is rounded up to fill them.
 
     Raises:
         SettingError: a setting out of its range, or a network in which nothing is elastic.
@@ -176,8 +179,10 @@ class SuperNet:
         if gone:
             small = without_branches(small, traced_branches(small, self._task.example(2))[0], gone)
         generator = torch.Generator().manual_seed(0)
-        drawn = batches(self._task.data.train, min(_BATCH, self._items), generator=generator, drop_last=True)
-        reestimate(small, (inputs for _, (inputs, _) in zip(range(max(1, self._items // _BATCH)), drawn, strict=False)))
+        count = math.ceil(self._items / _BATCH)
+        size = math.ceil(self._items / count)
+        drawn = batches(self._task.data.train, size, generator=generator, drop_last=True)
+        reestimate(small, (inputs for inputs, _ in itertools.islice(drawn, count)))
         return small.eval()
 
     def fit(self, recipe: Recipe | None = None, *, seed: int = 0, progress: Progress | None = None) -> None:
@@ -203,7 +208,17 @@ class SuperNet:
 
         With its parameters so multiplied the super-network computes what the sub-network does, but for branches that do
         not end in a layer or norm with parameters, and for the statistics of batch norms.
+
+        Args:
+            params: its decisions; those that do not count may be left out.
+
+        Raises:
+            SpaceError: no candidate of the space; the decision to blame is named.
         """
+        self._space.check(params)
+        return self._masks(params)
+
+    def _masks(self, params: Params) -> dict[str, Tensor]:
         gone, units = self._taken(params)
         found = self._graph.masks(units) if units else {}
         for branch in self._branches:
@@ -239,7 +254,7 @@ class _Drawn(nn.Module):
     def __init__(self, net: nn.Module, owner: SuperNet, seed: int) -> None:
         super().__init__()
         self.net = net
-        self._masks, self._space = owner.masks, owner.space
+        self._masks, self._space = owner._masks, owner.space
         self._ends: tuple[dict[str, Tensor], ...] = ({}, owner.masks(owner.smallest()))
         self._rng, self._count = torch.Generator().manual_seed(seed), 0
 

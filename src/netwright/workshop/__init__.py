@@ -11,7 +11,7 @@ from netwright.workshop.run import run_job
 from netwright.workshop.space import STEPS, parse_steps
 from netwright.workshop.target import Keep, Limit, parse_budget, parse_keep, parse_targets
 from netwright.workshop.training import train
-from netwright.workshop.training_settings import Entry, change_recipe, training_entries
+from netwright.workshop.training_settings import Entry, change_recipe, check_own_fit, training_entries
 
 __all__ = [
     "STEPS",
@@ -25,6 +25,7 @@ __all__ = [
     "Sampler",
     "Step",
     "change_recipe",
+    "check_own_fit",
     "dry_run",
     "make_job",
     "parse_budget",

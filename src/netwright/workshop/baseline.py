@@ -19,6 +19,7 @@ from netwright.core.graph.export import export_model
 from netwright.core.onnx_export import export_onnx
 from netwright.core.onnx_module import OnnxModule
 from netwright.core.recipe import Recipe
+from netwright.core.records import reading
 from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -60,6 +61,9 @@ def make_baseline(
     """Train (or take), export, score and measure the baseline; or read what an earlier call left in ``run``.
 
     Training that was interrupted goes on from its checkpoint; once it has ended it is not repeated.
+
+    Raises:
+        CorruptRunError: what an earlier call left is damaged, or a part of it is gone.
     """
     seed, measuring = job.seed, job.measuring
     model = copy.deepcopy(task.build(seed))  # a module that came trained stays the user's own
@@ -82,11 +86,13 @@ def make_baseline(
         (run.path / _TRAINED).unlink(missing_ok=True)
     record = run.read(_RECORD, "point", "history")
     load_weights(model, run.path / _WEIGHTS)
+    with reading(run.path / _RECORD, "a baseline"):
+        point, history = Point.from_dict(record["point"]), list(record["history"])
     return Baseline(
         model=model.eval(),
-        point=Point.from_dict(record["point"]),
-        artifact=(run.path / _MODEL).read_bytes(),
-        history=tuple(record["history"]),
+        point=point,
+        artifact=run.content(_MODEL),
+        history=tuple(history),
         teacher=make_teacher(model, task, teacher_seconds),
     )
 
@@ -97,7 +103,8 @@ def _train(
     """The trained model, its weights on disk before anything else is done with it."""
     if run.has(_TRAINED):
         load_weights(model, run.path / _WEIGHTS)
-        return model, list(run.read(_TRAINED, "history")["history"])
+        with reading(run.path / _TRAINED, "the training of a baseline"):
+            return model, list(run.read(_TRAINED, "history")["history"])
     checkpoint = run.path / "baseline.checkpoint"
     history: list[dict[str, Any]] = []
     if not task.trained:

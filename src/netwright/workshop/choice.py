@@ -14,9 +14,11 @@ __all__ = [
     "excess",
     "front_of",
     "front_volume",
+    "meets",
     "next_finalist",
     "ranking",
     "regain",
+    "saves",
     "shortfall",
 ]
 
@@ -70,6 +72,31 @@ def excess(point: Point, baseline: Point, limits: Sequence[Limit]) -> float:
 def shortfall(point: Point, baseline: Point, keep: Keep) -> float:
     """How far the validation score lies below what must be kept; at most 0 when it is kept."""
     return baseline.val + keep.change - point.val
+
+
+def saves(point: Point, baseline: Point, limits: Sequence[Limit], keep: Keep) -> bool:
+    """Whether the point may be handed back in place of the baseline.
+
+    It costs less in a targeted metric, and in none more than the baseline or than what that metric's limit allows. A
+    baseline that meets every target and keeps the score gives way only to a point that does so too.
+
+    Args:
+        point: what was measured.
+        baseline: the reference of every ratio.
+        limits: the targets.
+        keep: the floor of the score.
+    """
+    shares = ratios(point, baseline)
+    if meets(baseline, baseline, limits, keep) and not meets(point, baseline, limits, keep):
+        return False
+    return any(shares[limit.metric] < 1 for limit in limits) and all(
+        shares[limit.metric] <= max(1.0, limit.ratio(baseline.cost)) for limit in limits
+    )
+
+
+def meets(point: Point, baseline: Point, limits: Sequence[Limit], keep: Keep) -> bool:
+    """Whether the point is within every limit and keeps the validation score."""
+    return excess(point, baseline, limits) <= 1 and shortfall(point, baseline, keep) <= 0
 
 
 def ranking(points: Sequence[Point], baseline: Point, limits: Sequence[Limit], keep: Keep) -> list[Point]:

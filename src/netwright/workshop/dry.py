@@ -58,7 +58,7 @@ def dry_run(job: Job, *, resume: bool = False) -> list[str]:
         ),
         *(f"  left alone: {entry.name}, stopped by {entry.operation}: {entry.reason}" for entry in graph.blocked),
         f"Residual branches that may go: {', '.join(branches) or 'none'}.",
-        f"Space: {', '.join(steps)}; about 10^{space.size():.0f} proposals.",
+        f"Space: {', '.join(space.offered()) or 'nothing'}; about 10^{space.size():.0f} proposals.",
         "Target: " + ", ".join(f"{limit.metric}{limit.text}" for limit in job.limits) + f"; keep score{job.keep.text}.",
         f"Time: at most about {job.budget:.0f} s, on {job.workers or default_workers()} workers ({job.engine}).",
         f"Run directory: {job.out}. Nothing was written.",

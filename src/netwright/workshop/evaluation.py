@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from netwright.core.artifact import load_weights, save_weights
 from netwright.core.cost import Cost, Ratio, compare_onnx, measure_onnx
 from netwright.core.errors import NetwrightError
 from netwright.core.evaluate import evaluate
+from netwright.core.files import atomic_write
 from netwright.core.fit import Record, fit
 from netwright.core.graph.export import export_model
 from netwright.core.onnx_export import export_onnx
@@ -101,7 +102,7 @@ class Outcome:
         epochs: epochs of recovery that it had.
         artifact: the exported ONNX model.
         history: record of the recovery.
-        model: the candidate itself; only when the request says so.
+        weights: the candidate's weights as bytes of safetensors; only when the request says so.
     """
 
     request: Request
@@ -192,16 +193,8 @@ class Evaluator:
             kept = path.with_suffix(".safetensors")
             save_weights(model, kept)
             weights = kept.read_bytes()
-        return Outcome(
-            request,
-            Point(request.steps, val, cost, ratio),
-            None,
-            time.perf_counter() - start,
-            epochs,
-            artifact,
-            history,
-            weights,
-        )
+        point, seconds = Point(request.steps, val, cost, ratio), time.perf_counter() - start
+        return Outcome(request, point, None, seconds, epochs, artifact, history, weights)
 
     def _train(
         self, request: Request, progress: Callable[[float, str], None]
@@ -222,7 +215,7 @@ class Evaluator:
             progress(1 - share, "quantized")
         if quantizing and any(parameter.requires_grad for parameter in model.parameters()):
             model, more = self._recover(model, epochs * share, _QUANTIZED_RATE, request.seed + 1, progress)
-            records = (*records, *more)
+            records = (*records, *(_after(records[-1], record) if records else record for record in more))
         return model.eval(), epochs, records
 
     def _recover(
@@ -257,6 +250,12 @@ class Evaluator:
         return cost, ratio
 
 
+def _after(last: Record, record: Record) -> Record:
+    """A record of a recovery as it stands behind the last one of the recovery before."""
+    step, epoch, seconds = last.step + record.step, last.epoch + record.epoch, last.seconds + record.seconds
+    return replace(record, step=step, epoch=epoch, seconds=seconds)
+
+
 def most_epochs(task: Task, recipe: Recipe) -> float:
     """The longest recovery of a candidate; the only one, where the task trains by its own fit."""
     return (_MOST_EPOCHS if task.fit is None else _OWN_SHARE) * recipe.epochs
@@ -274,6 +273,9 @@ def rebuild(model: nn.Module, task: Task, outcome: Outcome, folder: Path) -> nn.
     """The candidate of a delivered outcome: its steps applied to the baseline anew, then its weights read.
 
     Nothing but tensors and plain data has to travel between processes, or machines, for that.
+
+    Raises:
+        RunDirectoryError: the weights cannot be written into ``folder``, for example on a full disk.
     """
     request = outcome.request
     found = structure(model, task, request.steps, request.seed)
@@ -283,7 +285,8 @@ def rebuild(model: nn.Module, task: Task, outcome: Outcome, folder: Path) -> nn.
     if found is model:
         found = copy.deepcopy(model)
     place = folder / ".delivered.safetensors"
-    place.write_bytes(outcome.weights)
+    with atomic_write(place) as temporary:
+        temporary.write_bytes(outcome.weights)
     load_weights(found, place)
     place.unlink()
     return found.eval()

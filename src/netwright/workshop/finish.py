@@ -14,7 +14,7 @@ from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.version import __version__
 from netwright.workshop.baseline import Baseline, plain
-from netwright.workshop.choice import front_of, front_volume, ranking
+from netwright.workshop.choice import front_of, front_volume, meets, ranking, saves
 from netwright.workshop.evaluation import Outcome, rebuild, structure
 from netwright.workshop.final_score import final_score, final_scores
 from netwright.workshop.job import Job
@@ -25,7 +25,7 @@ from netwright.workshop.point import Point, ratios
 from netwright.workshop.quiet import QuietRoom
 from netwright.workshop.study import Study
 from netwright.workshop.target import METRICS
-from netwright.workshop.verdict import nothing_better, verdict
+from netwright.workshop.verdict import asked_for, nothing_better, verdict
 
 __all__ = ["RESULT", "Findings", "State", "conclude", "write_unbegun"]
 
@@ -154,15 +154,15 @@ def conclude(
 ) -> dict[str, Any]:
     """Choose among the finalists, write the artifacts, test once, and write the result.
 
-    Only a finalist that costs less than the baseline in every targeted metric can be chosen; where there is none,
-    the baseline itself is handed back and the explanation says so.
+    Only a finalist that saves something can be chosen (see :func:`netwright.workshop.choice.saves`); where there is
+    none, the baseline itself is handed back and the explanation says so.
     """
     base, job = findings.baseline.point, findings.job
 
-    def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:  # what costs less than the baseline, the best first
+    def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:  # what saves something, the best first
         by_point = {id(outcome.point): outcome for outcome in outcomes}
         points = [outcome.point for outcome in outcomes if outcome.point is not None]
-        better = [p for p in points if all(ratios(p, base)[limit.metric] < 1 for limit in job.limits)]
+        better = [point for point in points if saves(point, base, job.limits, job.keep)]
         return [by_point[id(point)] for point in ranking(better, base, job.limits, job.keep)]
 
     paired = [_paired(findings, outcome) for outcome in ranked(finals)[:_PAIRED]]
@@ -203,16 +203,19 @@ def _judge(findings: Findings, chosen: Outcome | None, stopped: str | None) -> S
         chosen: what is handed back, None for the baseline.
         stopped: why every full recovery failed, None where one did not.
     """
-    task, run = findings.task, findings.run
+    task, run, job, base = findings.task, findings.run, findings.job, findings.baseline.point
     baseline = OnnxModule(run.path / "baseline.onnx", default_workers())
     if chosen is None or chosen.point is None:
         alone = final_score(task, baseline)
+        met = meets(base, base, job.limits, job.keep)
         sentence = nothing_better(findings.study, stopped)
-        return State("not_met", sentence, baseline_test=alone.score, baseline_ci95=alone.interval)
+        if met:
+            sentence = f"The baseline meets {asked_for(job)} already. {sentence}"
+        return State("met" if met else "not_met", sentence, baseline_test=alone.score, baseline_ci95=alone.interval)
     found = final_scores(task, baseline, OnnxModule(run.path / "model.onnx", default_workers()))
     change = found.after.score - found.before.score
     point = replace(chosen.point, test=found.after.score, test_ci95=found.after.interval)
-    met, sentence = verdict(findings.job, findings.baseline.point, point, change)
+    met, sentence = verdict(job, base, point, change)
     return State(
         status="met" if met else "not_met",
         explanation=sentence,
@@ -240,6 +243,7 @@ def _write_artifacts(findings: Findings, chosen: Outcome | None, recipe: Recipe)
             "schema": 1,
             "netwright": __version__,
             "task": findings.job.name,
+            "task_file": findings.job.file,
             "given": isinstance(findings.job.task, Task),
             "seed": findings.job.seed,
             "training": json.loads(recipe.to_json()),

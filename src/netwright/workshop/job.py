@@ -33,6 +33,7 @@ class Job:
         sampler: what proposes candidates: "linas" for evolution on predictors of what was measured, "nsga2" for
             evolution on the measurements themselves.
         command: the command line that replays the run, for the report.
+        file: the file that the task's name speaks of, as an absolute path; None where it speaks of none.
     """
 
     task: Task | str
@@ -48,9 +49,12 @@ class Job:
     steps: tuple[str, ...] | None = None
     sampler: Sampler = "linas"
     command: str = ""
+    file: str | None = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", self.out.absolute())
+        place = self.task.rpartition(":")[0] if isinstance(self.task, str) else ""
+        object.__setattr__(self, "file", str(Path(place).resolve()) if place.endswith(".py") else None)
 
     @property
     def name(self) -> str:

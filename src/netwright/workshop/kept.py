@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from netwright.core.loop import Record
+from netwright.core.records import reading
 from netwright.core.rundir import RunDirectory
 from netwright.workshop.baseline import plain
 from netwright.workshop.evaluation import Outcome, Request
@@ -48,7 +49,7 @@ def kept_outcomes(run: RunDirectory) -> list[Outcome]:
     """The outcomes that :func:`keep_outcome` wrote into ``run``.
 
     Raises:
-        CorruptRunError: a file that was edited or damaged.
+        CorruptRunError: a file that was edited or damaged, or is gone.
     """
     return [_read(run, path.stem) for path in sorted(run.path.glob(f"{_PREFIX}*.json"))]
 
@@ -62,18 +63,21 @@ def forget_outcomes(run: RunDirectory) -> None:
 def _read(run: RunDirectory, name: str) -> Outcome:
     fields = ("trial", "training_s", "seed", "steps", "point", "error", "seconds", "epochs", "history")
     content: dict[str, Any] = run.read(f"{name}.json", *fields)
-    steps = tuple(Step(step["method"], step["settings"]) for step in content["steps"])
     whole = content["point"] is not None
-    return Outcome(
-        request=Request(content["trial"], steps, content["training_s"], content["seed"], deliver=True),
-        point=Point.from_dict(content["point"]) if whole else None,
-        error=content["error"],
-        seconds=content["seconds"],
-        epochs=content["epochs"],
-        artifact=(run.path / f"{name}.onnx").read_bytes() if whole else b"",
-        history=tuple(map(_record, content["history"])),
-        weights=(run.path / f"{name}.safetensors").read_bytes() if whole else b"",
-    )
+    with reading(run.path / f"{name}.json", "a full recovery"):
+        steps = tuple(map(Step.from_dict, content["steps"]))
+        return Outcome(
+            request=Request(
+                int(content["trial"]), steps, float(content["training_s"]), int(content["seed"]), deliver=True
+            ),
+            point=Point.from_dict(content["point"]) if whole else None,
+            error=content["error"],
+            seconds=float(content["seconds"]),
+            epochs=float(content["epochs"]),
+            artifact=run.content(f"{name}.onnx") if whole else b"",
+            history=tuple(map(_record, content["history"])),
+            weights=run.content(f"{name}.safetensors") if whole else b"",
+        )
 
 
 def _record(values: dict[str, Any]) -> Record:

@@ -66,9 +66,9 @@ class LocalEngine:
         return [outcome for outcome in outcomes if outcome is not None]
 
     def close(self) -> None:
-        """Kill every worker."""
+        """Kill every worker, and what it started."""
         for worker in self._workers:
-            worker.process.kill()
+            _kill(worker.process)
         for worker in self._workers:
             worker.process.wait()
             worker.pipe.close()
@@ -82,7 +82,7 @@ class LocalEngine:
             worker.request = None
             return outcome
         except (EOFError, OSError):
-            worker.process.kill()
+            _kill(worker.process)
             reason = cause(worker.process.wait())
             worker.pipe.close()
             fresh = self._start()
@@ -103,6 +103,12 @@ class LocalEngine:
     def _feed(self, worker: _Worker) -> None:
         with contextlib.suppress(OSError):  # it died at once: wait() sees its end
             worker.pipe.send_bytes(self._payload)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads its session and has not been waited for, and all that it started there."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says so of a group that has ended
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def cause(code: int) -> str:

@@ -11,6 +11,7 @@ from netwright.compress import PruneBranches, fastest_int8
 from netwright.core.errors import ArtifactError, NothingToPruneError, TraceError, TransformError
 from netwright.core.graph import Graph
 from netwright.core.graph.branches import traced_branches, without_branches
+from netwright.core.records import reading
 from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.workshop.baseline import Baseline
@@ -83,6 +84,7 @@ def make_plan(
 
     Raises:
         NothingToPruneError: a network in which nothing can be pruned and nothing quantized.
+        CorruptRunError: a plan that was edited or damaged.
     """
     if not run.has(_RECORD):
         steps = job.steps or STEPS
@@ -117,22 +119,23 @@ def make_plan(
     record = run.read(
         _RECORD, "steps", "int8", "int8_table", "workers", "started", "candidate_seconds", "final_seconds"
     )
-    return Plan(
-        space=space_of(
-            graph,
-            record["steps"],
-            int8=record["int8"],
-            branches=tuple(Droppable(each["name"], tuple(each["groups"])) for each in record.get("branches", ())),
-            codebooks=record.get("codebooks", False),
-            widths=tuple(record.get("widths", [8])),
-            gradients=task.loss is not None,
-        ),
-        workers=job.workers or record["workers"],
-        started=record["started"],
-        candidate_seconds=record["candidate_seconds"],
-        final_seconds=record["final_seconds"],
-        int8_table=record["int8_table"],
-    )
+    with reading(run.path / _RECORD, "a plan"):
+        return Plan(
+            space=space_of(
+                graph,
+                list(record["steps"]),
+                int8=None if record["int8"] is None else dict(record["int8"]),
+                branches=tuple(Droppable(each["name"], tuple(each["groups"])) for each in record.get("branches", ())),
+                codebooks=bool(record.get("codebooks", False)),
+                widths=tuple(map(int, record.get("widths", [8]))),
+                gradients=task.loss is not None,
+            ),
+            workers=job.workers or int(record["workers"]),
+            started=float(record["started"]),
+            candidate_seconds=float(record["candidate_seconds"]),
+            final_seconds=float(record["final_seconds"]),
+            int8_table=list(record["int8_table"]),
+        )
 
 
 def _int8(

@@ -1,6 +1,7 @@
 """A candidate with its scores and costs, as ``result.json`` writes it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,6 +30,18 @@ class Step:
     def to_dict(self) -> dict[str, Any]:
         """As files have it."""
         return {"method": self.method, "settings": dict(self.settings)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Step":
+        """The step that :meth:`to_dict` wrote.
+
+        Raises:
+            KeyError, TypeError: data that is no step; see :func:`netwright.core.records.reading`.
+        """
+        method, settings = data["method"], data["settings"]
+        if not (isinstance(method, str) and isinstance(settings, Mapping)):
+            raise TypeError(f"a step has a method and settings, got {method!r} and {settings!r}")
+        return cls(method, settings)
 
     def build(self) -> Transform:
         """The transform itself.
@@ -81,17 +94,28 @@ class Point:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Point":
-        """The point that :meth:`to_dict` wrote."""
+        """The point that :meth:`to_dict` wrote.
+
+        Raises:
+            KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError: data that is no point; see
+                :func:`netwright.core.records.reading`.
+        """
         score, ratio = data["score"], data.get("latency_ratio")
         interval = score["test_ci95"]
-        return cls(
-            steps=tuple(Step(step["method"], step["settings"]) for step in data["steps"]),
+        found = cls(
+            steps=tuple(map(Step.from_dict, data["steps"])),
             val=score["val"],
             cost=Cost.from_dict(data),
             latency_ratio=None if ratio is None else Ratio(**ratio),
             test=score["test"],
             test_ci95=None if interval is None else (interval[0], interval[1]),
         )
+        shares = [] if ratio is None else [ratio["median"], ratio["low"], ratio["high"]]
+        tested = [] if found.test is None else [found.test]
+        costs = [metric_of(found.cost, name) for name in METRICS]
+        if not all(map(math.isfinite, (found.val, *costs, *shares, *tested, *(found.test_ci95 or ())))):
+            raise ValueError("a score or a cost is not finite")
+        return found
 
 
 def ratios(point: Point, baseline: Point) -> dict[str, float]:

@@ -3,17 +3,21 @@
 Work (training, exporting) holds the room together with other work; a measurement holds it alone. A
 measurement that waits keeps new work out through a turnstile, so that it is never starved, and work
 that runs long calls :meth:`QuietRoom.give_way` often. The locks are the kernel's (``flock``): they go
-when their process does, however it ends.
+when their process does, however it ends. A process forked from it opens the files anew, for it would hold the locks
+as long as it lives.
 """
 
 import fcntl
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = ["QuietRoom"]
+
+_rooms: "weakref.WeakSet[QuietRoom]" = weakref.WeakSet()
 
 
 class QuietRoom:
@@ -33,15 +37,22 @@ class QuietRoom:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        folder = folder or Path(tempfile.gettempdir()) / f"netwright-{os.getuid()}"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._turnstile = os.open(folder / "turnstile.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        self._room = os.open(folder / "room.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        self._folder = folder or Path(tempfile.gettempdir()) / f"netwright-{os.getuid()}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._open()
+        _rooms.add(self)
 
-    def __del__(self) -> None:
-        for handle in (self.__dict__.get("_turnstile"), self.__dict__.get("_room")):
+    def _open(self) -> None:
+        self._turnstile = os.open(self._folder / "turnstile.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        self._room = os.open(self._folder / "room.lock", os.O_RDWR | os.O_CREAT, 0o600)
+
+    def _close(self) -> None:
+        for handle in (self.__dict__.pop("_turnstile", None), self.__dict__.pop("_room", None)):
             if handle is not None:
                 os.close(handle)
+
+    def __del__(self) -> None:
+        self._close()
 
     @contextmanager
     def work(self) -> Iterator[None]:
@@ -74,3 +85,13 @@ class QuietRoom:
         fcntl.flock(self._turnstile, fcntl.LOCK_SH)
         fcntl.flock(self._room, fcntl.LOCK_SH)
         fcntl.flock(self._turnstile, fcntl.LOCK_UN)
+
+
+def _leave_locks_to_parent() -> None:
+    """In a process that was just forked."""
+    for room in list(_rooms):
+        room._close()
+        room._open()
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_parent)

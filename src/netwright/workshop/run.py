@@ -114,6 +114,7 @@ def _settings(job: Job, task: Task) -> dict[str, Any]:
         "kind": KIND,
         "netwright": __version__,
         "task": job.name,
+        "task_file": job.file,
         "description": task.description,
         "score": _score_name(task),
         "seed": job.seed,

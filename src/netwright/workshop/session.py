@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from netwright.core.graph import Graph
 from netwright.core.recipe import Recipe
+from netwright.core.records import reading
 from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.core.transform import Progress
@@ -71,7 +72,8 @@ class Session:
 
     def __post_init__(self) -> None:
         if self.run.has(_CLOCK):
-            self._before = float(self.run.read(_CLOCK, "elapsed_s")["elapsed_s"])
+            with reading(self.run.path / _CLOCK, "the time that the run took"):
+                self._before = float(self.run.read(_CLOCK, "elapsed_s")["elapsed_s"])
 
     @property
     def _recipe(self) -> Recipe:

@@ -81,6 +81,18 @@ class Space:
     gradients: bool = True
     thinnest: int = 20
 
+    def offered(self) -> tuple[str, ...]:
+        """Those of :data:`STEPS` that may be proposed."""
+        whole = self.int8 is not None
+        offers = {
+            "prune": bool(self.groups),
+            "branches": bool(self.branches),
+            "int8": whole and _WHOLE in self.widths,
+            "int4": whole and _NARROW in self.widths,
+            "codebooks": self.codebooks,
+        }
+        return tuple(name for name in STEPS if offers[name])
+
     def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
         """What may be proposed for each parameter."""
         found: dict[str, optuna.distributions.BaseDistribution] = {}

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from netwright.core.errors import CorruptRunError
 from netwright.core.journal import new_journal
+from netwright.core.records import reading
 from netwright.core.rundir import RunDirectory
 from netwright.search import LINASSampler
 from netwright.workshop.choice import regain
@@ -100,9 +101,10 @@ class Study:
         self.entries = _entries(run.path / EVALUATIONS, lines)
         self.failed = sum(entry.point is None for entry in self.entries)
         self._next = 1 + max((entry.number for entry in self.entries), default=-1)
-        self._known = {
-            key(space.steps(entry.params) if entry.point is None else entry.point.steps) for entry in self.entries
-        }
+        with reading(run.path / EVALUATIONS, "evaluations of this run"):
+            self._known = {
+                key(space.steps(entry.params) if entry.point is None else entry.point.steps) for entry in self.entries
+            }
         self._rng = np.random.default_rng([seed, len(lines)])
         self._kind, self._seed = sampler, seed
         self.gains: tuple[float, ...] = ()
@@ -207,7 +209,8 @@ class Study:
     def _made(self, lines: Sequence[Mapping[str, Any]]) -> optuna.Study:
         """A study of what the lines tell."""
         made = self._open(self._run.path / _JOURNAL, self._sampler(self._kind, self._seed + len(lines)))
-        made.add_trials([self._frozen(line) for line in lines])
+        with reading(self._run.path / EVALUATIONS, "evaluations of this run"):
+            made.add_trials([self._frozen(line) for line in lines])
         return made
 
     def _sampler(self, name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
@@ -267,7 +270,7 @@ def _entries(path: Path, lines: Sequence[Mapping[str, Any]]) -> list[Entry]:
     for number, line in enumerate(lines, start=1):
         try:
             found.append(_entry(line))
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CorruptRunError(
                 f"{path}, line {number}, is not an evaluation ({type(error).__name__}: {error}). It was damaged after "
                 "it was written; delete that line to go on without it."
@@ -277,4 +280,6 @@ def _entries(path: Path, lines: Sequence[Mapping[str, Any]]) -> list[Entry]:
 
 def _entry(line: Mapping[str, Any]) -> Entry:
     point = None if line["point"] is None else Point.from_dict(line["point"])
-    return Entry(line["trial"], point, line["params"], line["epochs"], line["seed"], line["seconds"], line["error"])
+    params, error = dict(line["params"]), line["error"]
+    reason = None if error is None else str(error)
+    return Entry(int(line["trial"]), point, params, float(line["epochs"]), line["seed"], float(line["seconds"]), reason)

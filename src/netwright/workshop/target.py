@@ -43,8 +43,11 @@ class Limit:
     text: str
 
     def ratio(self, baseline: Cost) -> float:
-        """The limit as a share of the baseline's cost."""
-        return self.value if self.relative else self.value / metric_of(baseline, self.metric)
+        """The limit as a share of the baseline's cost; infinite where that is 0."""
+        if self.relative:
+            return self.value
+        cost = metric_of(baseline, self.metric)
+        return self.value / cost if cost else math.inf
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def parse_targets(texts: Sequence[str]) -> tuple[Limit, ...]:
 
     Raises:
         TargetError: a text that does not parse, an unknown metric, operator or unit, a value that is not
-            positive, or two limits on one metric.
+            positive, two limits on one metric, or only ones that every baseline meets.
 
     Example:
         >>> [(limit.metric, limit.value, limit.relative) for limit in parse_targets(["latency<=0.4x,size<=200KB"])]
@@ -90,6 +93,9 @@ def parse_targets(texts: Sequence[str]) -> tuple[Limit, ...]:
     for metric in seen:
         if seen.count(metric) > 1:
             raise TargetError(f"Two targets speak of {metric}. Give one limit for each metric.")
+    if all(limit.relative and limit.value >= 1 for limit in limits):
+        asked = ",".join(f"{limit.metric}{limit.text}" for limit in limits)
+        raise TargetError(f"The baseline itself meets {asked}. Ask for less than 1x of something, as {seen[0]}<=0.4x.")
     return limits
 
 

@@ -21,11 +21,12 @@ from netwright.core.loop import FitResult, Loop
 from netwright.core.machine import machine
 from netwright.core.randomness import isolated
 from netwright.core.recipe import Recipe
+from netwright.core.records import reading
 from netwright.core.rundir import RunDirectory
 from netwright.core.task import Task
 from netwright.version import __version__
 from netwright.workshop.final_score import final_score
-from netwright.workshop.training_settings import Entry
+from netwright.workshop.training_settings import Entry, check_own_fit
 
 __all__ = ["train"]
 
@@ -66,13 +67,25 @@ def train(
         command: the command that repeats the run, for the report.
 
     Raises:
-        RecipeError: no entries, or settings that an optimizer refuses.
-        RunDirectoryError: ``out`` holds something else, or with ``resume`` a run with other entries.
+        RecipeError: no entries, settings that an optimizer refuses, or any for a task that trains by its own ``fit``.
+        RunDirectoryError: ``out`` holds something else, or with ``resume`` a run with other entries, or a damaged one.
         NonFiniteLossError: all trainings diverged.
+
+    Example:
+        >>> import tempfile
+        >>> from netwright.core.task import load_task
+        >>> from netwright.workshop import training_entries
+        >>> entries = training_entries(Recipe(epochs=0.5), ["sgd", "adamw"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     place = Path(folder) / "run"
+        ...     result = train(load_task("breast-cancer"), "breast-cancer", entries, place, console=False)
+        >>> [row["name"] for row in result["trainings"]]
+        ['sgd', 'adamw']
     """
     if not entries:
         raise RecipeError("There is nothing to train. Give at least one recipe.")
     check_task(task)
+    check_own_fit(task, entries)
     for entry in entries:
         _check_recipe(task, entry.recipe)
     run = RunDirectory(out)
@@ -89,14 +102,24 @@ def train(
             _clear(run, len(entries))
             finished: dict[str, Any] = run.read(_RESULT, "trainings", "best")
             return finished
-        done = {record["entry"]: record for record in run.lines(_LOG)}
+        with reading(run.path / _LOG, "trainings"):
+            done = {int(record["entry"]): _checked(record) for record in run.lines(_LOG)}
         for number, entry in enumerate(entries):
             if number not in done:
                 label = f"{entry.name} ({number + 1} of {len(entries)})" if len(entries) > 1 else entry.name
                 record = _one(task, entry, number, run, seed, label if console else None)
                 run.append(_LOG, record)
+                (run.path / _checkpoint(number)).unlink(missing_ok=True)  # not before the training is on disk
                 done[number] = record
         return _finish(task, run, entries, [done[number] for number in range(len(entries))], seed)
+
+
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of the log, which has what is asked of it later."""
+    val, name, recipe = record["val"], record["name"], record["recipe"]
+    if not (isinstance(name, str) and isinstance(recipe, dict) and (val is None or math.isfinite(val))):
+        raise ValueError(f"name, recipe and val cannot be {name!r}, {recipe!r} and {val!r}")
+    return {**record, "error": record["error"]}
 
 
 def _check_recipe(task: Task, recipe: Recipe) -> None:
@@ -109,7 +132,7 @@ def _check_recipe(task: Task, recipe: Recipe) -> None:
 def _one(task: Task, entry: Entry, number: int, run: RunDirectory, seed: int, label: str | None) -> dict[str, Any]:
     model = copy.deepcopy(task.build(seed))  # a module that the task was given stays the user's own
     head = {"entry": number, "name": entry.name, "recipe": json.loads(entry.recipe.to_json())}
-    checkpoint = run.path / f"checkpoint-{number}.pt"
+    checkpoint = run.path / _checkpoint(number)
 
     def trained(progress: Callable[[float, str], None] | None) -> FitResult:
         return fit(model, task, entry.recipe, seed=seed, checkpoint=checkpoint, progress=progress)
@@ -121,10 +144,8 @@ def _one(task: Task, entry: Entry, number: int, run: RunDirectory, seed: int, la
             with ConsoleProgress(label) as bar:
                 result = trained(bar.update)
     except NonFiniteLossError as error:
-        checkpoint.unlink(missing_ok=True)
         return {**head, "error": str(error), "val": None, "history": []}
     run.save(_weights(number), lambda path: save_weights(result.model, path))
-    checkpoint.unlink(missing_ok=True)
     history = [{key: _finite(value) for key, value in dataclasses.asdict(record).items()} for record in result.history]
     return {
         **head,
@@ -174,7 +195,8 @@ def _finish(
 
 def _clear(run: RunDirectory, count: int) -> None:
     for number in range(count):
-        (run.path / _weights(number)).unlink(missing_ok=True)
+        for name in (_weights(number), _checkpoint(number)):
+            (run.path / name).unlink(missing_ok=True)
 
 
 def _test(task: Task, run: RunDirectory, number: int, seed: int) -> dict[str, Any]:
@@ -190,6 +212,10 @@ def _trained(task: Task, run: RunDirectory, number: int, seed: int) -> nn.Module
 
 def _weights(number: int) -> str:
     return f"weights-{number}.safetensors"
+
+
+def _checkpoint(number: int) -> str:
+    return f"checkpoint-{number}.pt"
 
 
 def _settings(task: Task, name: str, entries: Sequence[Entry], seed: int, command: str) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import Any
 
 from netwright.core.errors import RecipeError, SettingError
 from netwright.core.recipe import Recipe, resolve
+from netwright.core.task import Task
 from netwright.optim import available, find, schedules
 
-__all__ = ["Entry", "change_recipe", "optimizer_path", "training_entries", "with_optimizer"]
+__all__ = ["Entry", "change_recipe", "check_own_fit", "optimizer_path", "training_entries", "with_optimizer"]
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 _NESTED = {"optimizer", "schedule", "clip", "average", "parameterization", "penalty"}
@@ -33,7 +34,10 @@ class Entry:
 
 
 def training_entries(
-    recipe: Recipe, optimizers: Sequence[str] | None = None, lrs: Sequence[float] | None = None
+    recipe: Recipe,
+    optimizers: Sequence[str] | None = None,
+    lrs: Sequence[float] | None = None,
+    changes: Sequence[str] = (),
 ) -> list[Entry]:
     """The trainings that ``netwright train`` does: each optimizer at each learning rate.
 
@@ -42,28 +46,65 @@ def training_entries(
         optimizers: names or import paths; None is the recipe's own. The recipe's own keeps its settings.
         lrs: learning rates; None is each optimizer's own. Optimizers without a learning rate to choose are trained
             once.
+        changes: of the recipe, as :func:`change_recipe` takes them. Where optimizers are named, ``lr`` and
+            ``optimizer.…`` change each of those that have such a setting.
 
     Raises:
-        RecipeError: an unknown name, nothing to compare, or an ``lr`` that is needed and not given.
+        RecipeError: an unknown name, nothing to compare, the same training twice, a change that does not parse or
+            that no optimizer takes, or an ``lr`` that is needed and not given.
 
     Example:
         >>> [entry.name for entry in training_entries(Recipe(), ["lion", "adamw"], [1e-4, 1e-3])]
         ['lion', 'lion', 'adamw', 'adamw']
+        >>> entries = training_entries(Recipe(), ["sgd", "adamw"], changes=["lr=0.1", "optimizer.momentum=0.9"])
+        >>> [dict(entry.recipe.optimizer_settings) for entry in entries]
+        [{'lr': 0.1, 'momentum': 0.9}, {'lr': 0.1}]
     """
-    if optimizers is not None and (not optimizers or len(set(optimizers)) != len(optimizers)):
-        raise RecipeError("--compare needs different optimizers with commas between, for example sgd,adamw,lion.")
-    if lrs is not None and not lrs:
-        raise RecipeError("--lrs needs at least one learning rate.")
+    inner = [change for change in changes if optimizers is not None and _setting(change)]
+    recipe = change_recipe(recipe, [change for change in changes if change not in inner])
     own = recipe.optimizer.partition(":")[2].lower()
+    named = [(name, recipe.optimizer if name == own else optimizer_path(name)) for name in optimizers or [own]]
+    if optimizers is not None and (not optimizers or len({resolve(path) for _, path in named}) != len(named)):
+        raise RecipeError("--compare needs different optimizers with commas between, for example sgd,adamw,lion.")
+    if lrs is not None and (not lrs or len(set(lrs)) != len(lrs)):
+        raise RecipeError("--lrs needs at least one learning rate, and different ones.")
+    if lrs is not None and any(_setting(change) == "lr" for change in changes):
+        raise RecipeError("Learning rates are given by --lrs and by --set. Leave one of them out.")
+    for change in inner:
+        if not any(_takes(path, _setting(change)) for _, path in named):
+            known = ", ".join(name for name, _ in named)
+            raise RecipeError(f"--set {change} changes none of {known}: they have no such setting. Leave it out.")
     entries = []
-    for name in optimizers or [own]:
-        path = recipe.optimizer if name == own else optimizer_path(name)
-        same = path == recipe.optimizer
-        if lrs is None or not _has_lr_to_choose(path):
-            entries.append(Entry(name, recipe if same else with_optimizer(recipe, name)))
-        else:
-            entries += [Entry(name, _with_lr(recipe, lr) if same else with_optimizer(recipe, name, lr)) for lr in lrs]
+    for name, path in named:
+        mine = [change for change in inner if _takes(path, _setting(change))]
+        given = [_rate(change.partition("=")[2].strip()) for change in mine if _setting(change) == "lr"]
+        rates: Sequence[float | None] = (lrs if _takes(path, "lr") else None) or given[-1:] or [None]
+        for lr in rates:
+            if path != recipe.optimizer:
+                start = with_optimizer(recipe, name, lr)
+            else:
+                start = recipe if lr is None else _with_lr(recipe, lr)
+            entries.append(Entry(name, change_recipe(start, [change for change in mine if _setting(change) != "lr"])))
     return entries
+
+
+def check_own_fit(task: Task, entries: Sequence[Entry]) -> None:
+    """See that a task that trains by its own ``fit`` is trained once, and asked for no more than it can heed.
+
+    Raises:
+        RecipeError: several trainings of such a task, or a recipe that differs from the task's in more than its length.
+    """
+    if task.fit is None:
+        return
+    own = task.recipe or Recipe()
+    for entry in entries:
+        wanted = own.lasting(entry.recipe.epochs).replace(keep_zeros=entry.recipe.keep_zeros)
+        changed = [name for name in _FIELDS if getattr(entry.recipe, name) != getattr(wanted, name)]
+        if changed or len(entries) > 1:
+            raise RecipeError(
+                f"Task {task.name!r} trains by its own fit=, which takes no optimizer: of a recipe it heeds epochs and "
+                f"keep_zeros. {f'Leave {changed[0]} as it is' if changed else 'There is nothing to compare'}."
+            )
 
 
 def change_recipe(recipe: Recipe, changes: Sequence[str]) -> Recipe:
@@ -121,9 +162,16 @@ def with_optimizer(recipe: Recipe, name: str, lr: float | None = None) -> Recipe
     return _with_lr(changed, float(default) if lr is None else lr)
 
 
-def _has_lr_to_choose(path: str) -> bool:
+def _setting(change: str) -> str:
+    """The optimizer's setting that ``key=value`` speaks of, empty where it speaks of something else."""
+    key = change.partition("=")[0].strip()
+    return "lr" if key == "lr" else key.partition(".")[2] if key.startswith("optimizer.") else ""
+
+
+def _takes(path: str, setting: str) -> bool:
+    """Whether an optimizer has this setting; of learning rates, one to choose."""
     free = {record.object for record in available().values() if record.lr_free}
-    return path not in free and _has_lr(path)
+    return setting in inspect.signature(resolve(path)).parameters and not (setting == "lr" and path in free)
 
 
 def _has_lr(path: str) -> bool:

@@ -5,7 +5,12 @@ from netwright.workshop.job import Job
 from netwright.workshop.point import Point, ratios
 from netwright.workshop.study import Study
 
-__all__ = ["nothing_better", "verdict"]
+__all__ = ["asked_for", "nothing_better", "verdict"]
+
+
+def asked_for(job: Job) -> str:
+    """The targets as the user wrote them."""
+    return ", ".join(f"{limit.metric}{limit.text}" for limit in job.limits)
 
 
 def nothing_better(study: Study, stopped: str | None) -> str:
@@ -20,7 +25,7 @@ def nothing_better(study: Study, stopped: str | None) -> str:
         return f"{found} The commonest cause: {study.cause()}"
     if stopped is not None:
         return f"The full recoveries failed, so the baseline is handed back. The first cause: {stopped}"
-    return "No candidate was better than the baseline in every targeted metric, so the baseline is handed back."
+    return "No candidate cost less than the baseline as the target asks, so the baseline is handed back."
 
 
 def verdict(job: Job, baseline: Point, point: Point, change: float) -> tuple[bool, str]:
@@ -35,7 +40,7 @@ def verdict(job: Job, baseline: Point, point: Point, change: float) -> tuple[boo
     shares = ratios(point, baseline)
     reached = ", ".join(f"{limit.metric} {shares[limit.metric]:.3g}x" for limit in job.limits)
     scored = f"test score {point.test:.4g} ({change:+.4g} against the baseline)"
-    asked = ", ".join(f"{limit.metric}{limit.text}" for limit in job.limits)
+    asked = asked_for(job)
     if excess(point, baseline, job.limits) > 1:
         return False, f"The target {asked} was not reached within the budget: the best found has {reached} at {scored}."
     if shortfall(point, baseline, job.keep) > 0:

@@ -26,6 +26,7 @@ def serve(handle: int, folder: Path) -> None:
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     pipe = Connection(handle)
+    os.register_at_fork(after_in_child=pipe.close)  # so that the other end sees when this process, and no child, ends
     try:
         path, subject = unpacked(pipe.recv_bytes())
         sys.path[:] = path

@@ -16,20 +16,30 @@ from netwright.core.graph.signature import plain_signature
 from netwright.core.graph.table import resize_rule_for
 from netwright.core.graph.walk import Walk
 
-__all__ = ["literals", "rebuild", "resized"]
+__all__ = ["DROPOUTS", "dropout", "literals", "rebuild", "resized"]
 
 _Dropout = nn.modules.dropout._DropoutNd
-_DROPOUTS: dict[str, type[_Dropout]] = {
+DROPOUTS: dict[str, type[_Dropout]] = {
     "dropout": nn.Dropout,
     "feature_dropout": nn.Dropout2d,
     "alpha_dropout": nn.AlphaDropout,
+    "feature_alpha_dropout": nn.FeatureAlphaDropout,
 }
+"""The module of every operation that is dropout, of whole channels on images."""
+_CHANNEL_DROPOUTS: dict[int, type[_Dropout]] = {3: nn.Dropout1d, 5: nn.Dropout3d}
+
 _LEAF_OPERATIONS = (
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     *("batch_norm", "instance_norm", "linear", "layer_norm", "group_norm", "embedding"),
 )
 _REMEMBERED = ("groups", "num_groups", "normalized_shape")
 _CHANNEL_NORMS = ("batch_norm", "instance_norm")
+
+
+def dropout(operation: str, share: float, rank: int) -> nn.Module:
+    """The module of a dropout operation on a tensor of that rank."""
+    kind = DROPOUTS[operation]
+    return (_CHANNEL_DROPOUTS.get(rank, kind) if kind is nn.Dropout2d else kind)(share)
 
 
 class RunningNorm(nn.Module):
@@ -131,8 +141,9 @@ def _modularize(module: fx.GraphModule, node: fx.Node, source: nn.Module) -> Non
         data, *rest = reversed(node.args[:2]) if operation == "embedding" else node.args
         if operation in _LEAF_OPERATIONS and _all_held_by(leaf, rest, source):
             _call_module(module, node, owner, leaf, (data,))
-    elif operation.rstrip("_") in _DROPOUTS:
-        path, made = f"{node.name}_module", _DROPOUTS[operation.rstrip("_")](_float(node.args[1]))
+    elif operation.rstrip("_") in DROPOUTS:
+        share, rank = _float(node.args[1]), node.meta["val"].ndim
+        path, made = f"{node.name}_module", dropout(operation.rstrip("_"), share, rank)
         if isinstance(leaf, _Dropout):
             path, made = owner, leaf
         _call_module(module, node, path, made, (node.args[0],))
