@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from netwright.core.errors import CorruptRunError, RunDirectoryError
+from netwright.core.errors import CorruptRunError, RunDirectoryError, SettingError
 from netwright.core.files import atomic_write, remedy
 
-__all__ = ["append_line", "read_json", "read_lines", "reading", "write_json"]
+__all__ = ["append_line", "read_json", "read_lines", "reading", "reading_line", "write_json"]
+
+_WRONG = (AttributeError, IndexError, KeyError, OverflowError, SettingError, TypeError, ValueError)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -144,8 +146,28 @@ with base 10: 'many'). It was edited or damaged; restore it, or start again in a
     """
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except _WRONG as error:
         raise CorruptRunError(
             f"{where} does not hold {what} ({type(error).__name__}: {error}). It was edited or damaged; restore it, or "
             "start again in another folder."
+        ) from error
+
+
+@contextmanager
+def reading_line(log: Path | str, number: int) -> Iterator[None]:
+    """The same of a line that tells of an evaluation, without which a run can go on.
+
+    Args:
+        log: the file.
+        number: of the line, counted from 1.
+
+    Raises:
+        CorruptRunError: a part that is missing or of the wrong kind.
+    """
+    try:
+        yield
+    except _WRONG as error:
+        raise CorruptRunError(
+            f"{log}, line {number}, is not an evaluation ({type(error).__name__}: {error}). It was damaged after it "
+            "was written; delete that line to go on without it."
         ) from error

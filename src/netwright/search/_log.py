@@ -2,16 +2,14 @@
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-from netwright.core.errors import CorruptRunError
 from netwright.search._encoding import restored
 from netwright.search.result import Evaluation
-from netwright.search.space import SearchSpace, SpaceError
+from netwright.search.space import SearchSpace
 
-__all__ = ["BEGUN", "EVALUATIONS", "entry_of", "line_of", "number_of", "reading"]
+__all__ = ["BEGUN", "EVALUATIONS", "entry_of", "line_of", "number_of"]
 
 EVALUATIONS = "evaluations.jsonl"
 """The log of a run directory with one line for every finished evaluation."""
@@ -33,7 +31,7 @@ def line_of(entry: Evaluation) -> dict[str, Any]:
 
 
 def entry_of(line: Mapping[str, Any], space: SearchSpace) -> Evaluation:
-    """The evaluation in a line of the log; to be called within :func:`reading`."""
+    """The evaluation in a line of the log; to be called within :func:`netwright.core.records.reading_line`."""
     params, metrics = restored(line["params"], space), line["metrics"]
     return Evaluation(
         operator.index(line["trial"]),
@@ -57,23 +55,3 @@ def number_of(value: Any) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{value!r} is not finite")
     return value
-
-
-@contextmanager
-def reading(log: str, number: int) -> Iterator[None]:
-    """Where a line is read, and what may be wrong with it said.
-
-    Args:
-        log: name of the file.
-        number: of the line, counted from 1.
-
-    Raises:
-        CorruptRunError: the line holds what no search writes.
-    """
-    try:
-        yield
-    except (AttributeError, KeyError, OverflowError, SpaceError, TypeError, ValueError) as error:
-        raise CorruptRunError(
-            f"{log}, line {number}, is not an evaluation ({type(error).__name__}: {error}). It was damaged after it "
-            "was written; delete that line to go on without it."
-        ) from error

@@ -14,9 +14,10 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import TrialState, create_trial
 
 from netwright.core.journal import new_journal
+from netwright.core.records import reading_line
 from netwright.core.rundir import RunDirectory
 from netwright.search._encoding import restored
-from netwright.search._log import BEGUN, EVALUATIONS, entry_of, line_of, number_of, reading
+from netwright.search._log import BEGUN, EVALUATIONS, entry_of, line_of, number_of
 from netwright.search._workers import Answer
 from netwright.search.result import Direction, Evaluation, Limit, SearchResult
 from netwright.search.space import Params, SearchSpace, values
@@ -178,7 +179,7 @@ class Search:
         deaths: Counter[Key] = Counter()
         lines = self._folder.lines(BEGUN) if self._folder is not None else []
         for number, line in enumerate(lines, start=1):
-            with reading(BEGUN, number):
+            with reading_line(BEGUN, number):
                 key = self._space.key(restored(line["params"], self._space))
                 deaths[key] += 1 if line["state"] == "begun" else -1
         for key, count in deaths.items():
@@ -193,7 +194,7 @@ class Search:
         Raises:
             CorruptRunError: it is no evaluation of a candidate of the space.
         """
-        with reading(EVALUATIONS, number):
+        with reading_line(EVALUATIONS, number):
             entry = entry_of(line, self._space)
             self._frozen(entry)
             self._known[self._space.key(entry.params)] = entry

@@ -18,9 +18,8 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from netwright.core.errors import CorruptRunError
 from netwright.core.journal import new_journal
-from netwright.core.records import reading
+from netwright.core.records import reading, reading_line
 from netwright.core.rundir import RunDirectory
 from netwright.search import LINASSampler
 from netwright.workshop.choice import regain
@@ -268,13 +267,8 @@ def _entries(path: Path, lines: Sequence[Mapping[str, Any]]) -> list[Entry]:
     """
     found = []
     for number, line in enumerate(lines, start=1):
-        try:
+        with reading_line(path, number):
             found.append(_entry(line))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise CorruptRunError(
-                f"{path}, line {number}, is not an evaluation ({type(error).__name__}: {error}). It was damaged after "
-                "it was written; delete that line to go on without it."
-            ) from error
     return found
 
 
