@@ -14,7 +14,14 @@ from torch import nn
 from netwright.core.errors import SettingError
 from netwright.core.front import hypervolume
 from netwright.search import SearchSpace, SpaceError
-from netwright.search._apq_predictor import TransferredPredictor, forward, pretrain, random_start, without_bits
+from netwright.search._apq_predictor import (
+    TransferredPredictor,
+    forward,
+    pretrain,
+    random_start,
+    turns,
+    without_bits,
+)
 from netwright.search._encoding import Encoding
 from netwright.search.apq import APQSampler
 from netwright.testing import check_sampler
@@ -92,6 +99,24 @@ def test_the_network_is_its_equation():
         two = [max(0.0, sum(one[i] * between[m][i][h] for i in range(4)) + second[m][0][h]) for h in range(4)]
         wanted = sum(two[i] * last[m][i][0] for i in range(4)) + level[m][0][0]
         assert float(found[m, n]) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 128, 129, 300])
+def test_observations_take_turns_so_that_none_is_left_out(count):
+    seen = torch.cat([torch.arange(count)[turn] for turn in turns(count, 9)])
+    assert len(seen) == 9 * min(count, 128)
+    times = torch.bincount(seen, minlength=count)
+    assert times.max() - times.min() <= 1
+
+
+def test_many_observations_are_learned_as_few_are():
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(600, 4))
+    targets = inputs @ [1.0, -2.0, 0.5, 0.0]
+    start, bits = random_start(4, 0, 5, 32, 0), np.zeros(4, dtype=bool)
+    for count in (120, 500):
+        model = TransferredPredictor(start, bits, 200, 1e-2).fit(inputs[:count], targets[:count])
+        assert spearmanr(model.predict(inputs[500:])[0], targets[500:])[0] > 0.97
 
 
 def test_without_full_precision_it_is_an_ordinary_network_trained_from_scratch():

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Member", "TransferredPredictor", "pretrain", "random_start", "without_bits"]
+__all__ = ["Member", "TransferredPredictor", "pretrain", "random_start", "turns", "without_bits"]
 
 Array: TypeAlias = NDArray[np.float64]
 Weights: TypeAlias = Sequence[Tensor]
@@ -142,7 +142,6 @@ def _descend(
 
     Cost: ``O(members * min(n, 128) * h^2)`` a step.
     """
-    turns = _turns(len(targets), steps)
     shapes = [weight.shape for weight in start]
     begin = torch.cat([weight.flatten() for weight in start])  # one vector: an optimizer's step is a few operations
     moved = begin.clone().requires_grad_()
@@ -153,7 +152,7 @@ def _descend(
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     with torch.enable_grad():
-        for step, turn in enumerate(turns):
+        for step, turn in enumerate(turns(len(targets), steps)):
             optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
             optimizer.zero_grad()
             errors = ((forward(weights(), inputs[turn], bits[turn]) - targets[turn]) ** 2).mean(1).sum()
@@ -162,7 +161,7 @@ def _descend(
     return tuple(weight.detach() for weight in weights())
 
 
-def _turns(count: int, steps: int) -> Iterator[slice | Tensor]:
+def turns(count: int, steps: int) -> Iterator[slice | Tensor]:
     """Which observations each step sees: all of few, else the next ones of a fixed shuffle, over and over."""
     if count <= _AT_ONCE:
         yield from itertools.repeat(slice(None), steps)

@@ -92,8 +92,8 @@ class APQSampler(ModelSampler):
         The weights of the bits join before the first rectifier; the start from zero, the choice between the two
         and the pull towards the start are additions. Latency is an objective or a constraint like any other.
 
-    Cost: with ``n`` trials and ``h`` hidden units a fit takes ``O(steps * members * n * h^2)``, eight times over; the
-        inner search is LINAS'. About a second a fit at 100 trials.
+    Cost: with ``n`` trials and ``h`` hidden units a fit takes ``O(steps * members * min(n, 128) * h^2)``, eight times
+        over, for beyond 128 trials take turns; the inner search is LINAS'. About a second a fit.
     """
 
     def __init__(
